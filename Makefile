@@ -1,0 +1,50 @@
+# Every line here is a command a person could type; each target does the set-up it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: setup demo test test-fast check lint types imports generated fmt clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+# The main job, end to end, without containers: make demo [IDP=keycloak] [JSON=path]
+demo: $(READY)
+	$(BIN)/kong-token-exchange demo --config kong.yml $(if $(IDP),--idp $(IDP)) $(if $(JSON),--json $(JSON))
+
+test: $(READY)
+	$(BIN)/pytest
+
+# Everything that needs no Java and no second process
+test-fast: $(READY)
+	$(BIN)/pytest tests/unit tests/protocol
+
+check: lint types imports generated
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs kong_token_exchange tests
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+# schema.json and docs/configuration.md are written from kong_token_exchange/schema.py
+generated: $(READY)
+	$(BIN)/kong-token-exchange schema --check
+
+fmt: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/kong-token-exchange schema --write
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
