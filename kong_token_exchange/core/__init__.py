@@ -1,0 +1,1 @@
+"""Pure decisions: no socket, file, clock, thread, randomness or Kong word."""

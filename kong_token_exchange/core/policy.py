@@ -1,0 +1,79 @@
+"""
+Policy as values: whom the configuration trusts, and what may come out.
+
+`config` builds these from Kong's JSON; `decision`, `narrowing` and the flow read them.
+
+Source: docs/configuration.md; Kong openid-connect 3.16 `token_exchange`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
+
+# RFC 8693 section 3.
+TOKEN_TYPE_ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, no secret
+TOKEN_TYPE_ID_TOKEN = "urn:ietf:params:oauth:token-type:id_token"  # noqa: S105 - a name, no secret
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """
+    When a token of the target issuer is exchanged; an empty member says nothing.
+
+    `has_*` holds when every listed value is present, `missing_*` when at least one is absent.
+    """
+
+    has_audience: tuple[str, ...] = ()
+    missing_audience: tuple[str, ...] = ()
+    has_scopes: tuple[str, ...] = ()
+    missing_scopes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Tell whether any condition is set."""
+        return bool(self.has_audience or self.missing_audience or self.has_scopes or self.missing_scopes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectTokenIssuer:
+    """One issuer whose tokens are accepted, and how they are proven."""
+
+    issuer: str
+    discovery_url: str | None
+    jwks_uri: str | None = None
+    verify_signature: bool = True
+    conditions: Conditions | None = None
+    algorithms: tuple[str, ...] = ASYMMETRIC_ALGORITHMS
+    audience: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    required_claims: tuple[str, ...] = ()
+    typ: tuple[str, ...] = ()
+    subject_token_type: str = TOKEN_TYPE_ACCESS_TOKEN
+    max_age: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimPair:
+    """A claim of the subject token and the claim of the result that must equal it."""
+
+    subject_claim: str
+    result_claim: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultPolicy:
+    """
+    What an exchanged token must be.
+
+    `same_subject` is None where the configuration says nothing: `sub` within one issuer,
+    nothing across issuers.
+    """
+
+    validation: Literal["full", "claims", "none"] = "full"
+    allowed_scopes: frozenset[str] | None = None
+    allowed_audience: frozenset[str] | None = None
+    max_lifetime: int | None = None
+    narrowing: Literal["enforce", "audit", "off"] = "enforce"
+    same_subject: Literal["sub", "off"] | tuple[ClaimPair, ...] | None = None
