@@ -1,0 +1,1 @@
+"""Pure wire formats: values in, bytes out, and back."""
