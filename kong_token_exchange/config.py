@@ -1,0 +1,1028 @@
+"""
+JSON configuration to a frozen `PluginConfig`.
+
+`load_config` works in three steps: `read_members` checks names and types against
+`schema.CONFIG` and fills in defaults; the `_build_*` functions check what the schema
+cannot say and make the frozen parts; `_find_*` collects what loads and should be
+known. Nothing here reads a file, the network or the clock.
+
+A message names the place and the rule, never the value, except where the value is
+a choice, a header or a parameter name: a value in the wrong place may be a secret.
+Indexes in a path count from 0.
+
+Source: docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import ipaddress
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any, Literal, cast
+from urllib.parse import SplitResult, urlsplit
+
+from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
+from kong_token_exchange.core.policy import (
+    TOKEN_TYPE_ACCESS_TOKEN,
+    ClaimPair,
+    Conditions,
+    ResultPolicy,
+    SubjectTokenIssuer,
+)
+from kong_token_exchange.errors import ConfigError
+from kong_token_exchange.protocol.exchange import ExchangeParameters
+from kong_token_exchange.schema import CONFIG, KONG_AUTH_METHODS, NOT_YET, Field
+from kong_token_exchange.secret import Secret
+
+ClientMethod = Literal["client_secret_basic", "client_secret_post", "none"]
+Topic = Literal["forwarding", "narrowing", "subject", "issuer", "result", "credential", "time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """
+    Something that loads and that an operator should know; `check` prints it.
+
+    With `strict` the topics forwarding, narrowing and subject are refused.
+    """
+
+    path: str
+    message: str
+    topic: Topic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetIssuer:
+    """The issuer that exchanges; identifiers are compared as exact strings."""
+
+    issuer: str
+    discovery_url: str | None
+    token_endpoint: str | None
+    jwks_uri: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientCredentials:
+    """The client that we are at the token endpoint."""
+
+    client_id: str
+    client_secret: Secret | None
+    method: ClientMethod
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePolicy:
+    """Whether exchanged tokens are cached, and for how many seconds at most."""
+
+    enabled: bool
+    ttl: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialSources:
+    """Where the subject token is looked for; `header_name` None means `Authorization`."""
+
+    header: bool
+    header_name: str | None
+    query: bool
+    cookie_name: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamHeader:
+    """Where the result goes: scheme "bearer" gives `Bearer <token>`, "" the bare token."""
+
+    name: str
+    scheme: Literal["bearer", ""]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """What this exchange is for, in the words of its owner."""
+
+    name: str | None
+    kind: Literal["downscoping", "federation", "delegation", "impersonation", "transformation"] | None
+    owner: str | None
+    justification: str | None
+    review_by: date | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginConfig:
+    """
+    One plugin configuration, checked and resolved.
+
+    `target_rules` says how every token of the target issuer is verified, whether an
+    entry lists that issuer or not; its `conditions` is None. `issuers` holds the
+    entries as listed. In `audience_required` and `scopes_required` the members of
+    one set are all needed, and any one of the sets is enough.
+
+    `identity` is the SHA-256, in hex, of everything that was configured, secrets
+    included: fit for keys, never for logs, where a short secret could be guessed
+    from it.
+    """
+
+    identity: str
+    target: TargetIssuer
+    target_rules: SubjectTokenIssuer
+    client: ClientCredentials
+    issuers: tuple[SubjectTokenIssuer, ...]
+    request: ExchangeParameters
+    result: ResultPolicy
+    cache: CachePolicy
+    credential: CredentialSources
+    upstream_header: UpstreamHeader
+    hide_credentials: bool
+    run_on_preflight: bool
+    audience_required: tuple[frozenset[str], ...]
+    scopes_required: tuple[frozenset[str], ...]
+    audience_claim: tuple[str, ...]
+    scopes_claim: tuple[str, ...]
+    leeway: float
+    timeout_ms: int
+    deadline_ms: int
+    max_token_size: int
+    ssl_verify: bool
+    ca_file: str | None
+    insecure_allow_http: bool
+    strict: bool
+    flow: Flow | None
+    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+# What has been read: a field's name to its value, every field of the record present.
+Members = dict[str, Any]
+
+_DISCOVERY_PATH = "/.well-known/openid-configuration"
+_REFRESH_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105 - RFC 8693 section 3
+
+_PRINTABLE_ASCII = re.compile(r"[\x21-\x7e]+")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
+_SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # RFC 6749 section 3.3
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+_HOST = re.compile(r"[A-Za-z0-9._\-]+|[0-9A-Fa-f:.]+")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_URI_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
+_VAULT_REFERENCE = re.compile(r"\{vault://.*\}", re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_CONTROL_BUT_BREAKS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
+_RESERVED_PARAMETERS = frozenset(
+    {
+        "grant_type", "subject_token", "subject_token_type", "actor_token", "actor_token_type", "audience",
+        "resource", "scope", "requested_token_type", "assertion", "client_id", "client_secret",
+        "client_assertion", "client_assertion_type",
+    }
+)  # fmt: skip
+_ON_BEHALF_OF = ("requested_token_use", "on_behalf_of")
+
+_HOP_BY_HOP = frozenset(
+    {
+        "connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization",
+        "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",  # codespell:ignore te
+    }
+)  # fmt: skip
+_RESERVED_HEADERS = _HOP_BY_HOP | {"accept-encoding", "authorization", "content-type", "cookie"}
+
+# Members that Kong adds when it starts an instance.
+_KONG_MEMBERS = frozenset({"route_id", "service_id", "consumer_id", "consumer_group_id"})
+
+# More than a minute is no clock skew: it is a second life for expired tokens.
+_LEEWAY_WORTH_A_FINDING = 60
+
+_STRICT_TOPICS = frozenset({"forwarding", "narrowing", "subject"})
+
+
+def load_config(raw: Mapping[str, object], *, allow_references: bool = False) -> PluginConfig:
+    """
+    Check a plugin's `config` and build what the plugin runs with.
+
+    Kong resolves vault references before it starts an instance, so a reference that
+    is still there is an error.
+
+    Args:
+        raw: The configuration as JSON, with or without the members that Kong adds.
+        allow_references: Take vault references as they stand; for a linter, which
+            sees the configuration before Kong does.
+
+    Returns:
+        The configuration; `warnings` and `findings` tell what an operator should know.
+
+    Raises:
+        ConfigError: the first mistake, with its path, such as
+            `token_exchange.subject_token_issuers[1].issuer`.
+    """
+    reader = _Reader(allow_references=allow_references)
+    members = reader.read_record(CONFIG, raw, "")
+    notes = _Notes(insecure_allow_http=members["insecure_allow_http"])
+    config = _build_config(members, notes)
+    refused = [finding for finding in config.findings if finding.topic in _STRICT_TOPICS]
+    if config.strict and refused:
+        raise ConfigError(refused[0].path, f"{refused[0].message} (`strict` refuses this)")
+    return config
+
+
+# --- names, types and defaults --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    """Reads JSON by the schema; every member of the result has its type or is None."""
+
+    allow_references: bool
+
+    def read(self, field: Field, value: object, path: str) -> Any:
+        """Return the value of one field, its default when it is unset, None when it has none."""
+        if _is_unset(value):
+            return self._read_unset(field, path)
+        read = {
+            "string": self._read_string,
+            "boolean": self._read_boolean,
+            "integer": self._read_number,
+            "number": self._read_number,
+            "array": self._read_array,
+            "map": self._read_map,
+            "record": self.read_record,
+        }[field.type](field, value, path)
+        if field.only_default and field.type != "record" and not _is_default(field, read):
+            raise ConfigError(path, field.only_default)
+        return read
+
+    def read_record(self, field: Field, value: object, path: str) -> Members:
+        """Return all members of a record, the unset ones as `read` gives them."""
+        if not isinstance(value, Mapping):
+            raise ConfigError(path or "config", "must be a record")
+        for name in value:
+            if not isinstance(name, str) or not (name in field.fields or _is_kongs_own(name, path)):
+                raise _unknown_member(field, name, path)
+        return {
+            name: self.read(member, value.get(name), _join(path, name))
+            for name, member in field.fields.items()
+        }
+
+    def _read_unset(self, field: Field, path: str) -> Any:
+        if field.default is not None:
+            return list(field.default) if isinstance(field.default, list) else field.default
+        if field.type == "record" and (field.required or not _has_required(field)):
+            return self.read_record(field, {}, path)
+        if field.required and not field.only_default:
+            raise ConfigError(path, "required")
+        return None
+
+    def _read_string(self, field: Field, value: object, path: str) -> str:
+        if not isinstance(value, str):
+            raise ConfigError(path, "must be a string")
+        if not value:
+            raise ConfigError(path, "must not be empty")
+        if (_CONTROL_BUT_BREAKS if field.multiline else _CONTROL).search(value):
+            raise ConfigError(path, "must not have control characters, line breaks included")
+        if _VAULT_REFERENCE.fullmatch(value) and not (self.allow_references and field.referenceable):
+            raise ConfigError(path, "is a vault reference that was not resolved")
+        if value in field.refused:
+            raise ConfigError(path, f"{value}: {field.refused[value]}")
+        if field.one_of and value not in field.one_of:
+            raise ConfigError(path, f"must be one of {', '.join(field.one_of)}")
+        return value
+
+    def _read_boolean(self, _field: Field, value: object, path: str) -> bool:
+        if not isinstance(value, bool):
+            raise ConfigError(path, "must be true or false")
+        return value
+
+    def _read_number(self, field: Field, value: object, path: str) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(path, "must be a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(path, "must be a finite number")
+        if field.type == "integer":
+            if value != int(value):
+                raise ConfigError(path, "must be a whole number")
+            value = int(value)  # Lua has one type of number: 300.0 is 300
+        if field.between is not None and not field.between[0] <= value <= field.between[1]:
+            raise ConfigError(path, f"must be from {field.between[0]} to {field.between[1]}")
+        return value
+
+    def _read_array(self, field: Field, value: object, path: str) -> list[Any] | None:
+        if not isinstance(value, list | tuple) or field.elements is None:
+            raise ConfigError(path, "must be an array")
+        if field.len_min is not None and len(value) < field.len_min:
+            raise ConfigError(
+                path, "must not be empty" + ("" if field.required else "; leave it out instead")
+            )
+        read = []
+        for index, element in enumerate(value):
+            if field.elements.type == "record":
+                read.append(self.read_record(field.elements, element, f"{path}[{index}]"))
+            elif _is_unset(element):
+                raise ConfigError(f"{path}[{index}]", "must not be null")
+            else:
+                read.append(self.read(field.elements, element, f"{path}[{index}]"))
+        return read
+
+    def _read_map(self, field: Field, value: object, path: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or field.values is None:
+            raise ConfigError(path, "must be a map")
+        return {str(key): self.read(field.values, item, _join(path, str(key))) for key, item in value.items()}
+
+
+def _is_unset(value: object) -> bool:
+    """Tell whether nothing is stated: Kong may send null or `{}` for what was left out."""
+    return value is None or (isinstance(value, Mapping) and not value)
+
+
+def _is_default(field: Field, value: Any) -> bool:
+    """Compare with the default; the order of an array of choices means nothing."""
+    if field.type == "array":
+        return sorted(map(str, value)) == sorted(map(str, field.default or []))  # type: ignore[arg-type]
+    return bool(value == field.default)
+
+
+def _has_required(field: Field) -> bool:
+    return any(member.required and member.default is None for member in field.fields.values())
+
+
+def _is_kongs_own(name: str, path: str) -> bool:
+    """Tell whether Kong itself added the member; `$refs` may stand in any record."""
+    return name == "$refs" or (not path and (name.startswith("__") or name in _KONG_MEMBERS))
+
+
+def _unknown_member(field: Field, name: object, path: str) -> ConfigError:
+    shown = "".join(char if _PRINTABLE_ASCII.fullmatch(char) else "?" for char in str(name)[:64])
+    close = difflib.get_close_matches(shown, field.fields, n=1)
+    return ConfigError(_join(path, shown), "unknown field" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# --- what the schema cannot say -------------------------------------------------------
+
+
+class _Notes:
+    """Collects what loads and should be known."""
+
+    def __init__(self, *, insecure_allow_http: bool) -> None:
+        self.insecure_allow_http = insecure_allow_http
+        self.warnings: list[str] = []
+        self.findings: list[Finding] = []
+
+    def warn(self, path: str, message: str) -> None:
+        """Keep a warning, which is logged once at start."""
+        self.warnings.append(f"{path}: {message}")
+
+    def find(self, topic: Topic, path: str, message: str) -> None:
+        """Keep a finding, which `check` prints."""
+        self.findings.append(Finding(path=path, message=message, topic=topic))
+
+
+def _build_config(members: Members, notes: _Notes) -> PluginConfig:
+    exchange: Members = members["token_exchange"]
+    target = _build_target(members, notes)
+    issuers, target_rules = _build_issuers(exchange, target, notes)
+    config = PluginConfig(
+        identity=_identify(members),
+        target=target,
+        target_rules=target_rules,
+        client=_build_client(members, notes),
+        issuers=issuers,
+        request=_build_request(members, exchange),
+        result=_build_result(exchange["result"]),
+        cache=_build_cache(members, exchange["cache"]),
+        credential=_build_credential(members, notes),
+        upstream_header=_build_upstream_header(members["upstream_access_token_header"]),
+        hide_credentials=members["hide_credentials"],
+        run_on_preflight=members["run_on_preflight"],
+        audience_required=_build_alternatives(members, "audience_required"),
+        scopes_required=_build_alternatives(members, "scopes_required"),
+        audience_claim=tuple(members["audience_claim"]),
+        scopes_claim=tuple(members["scopes_claim"]),
+        leeway=float(members["leeway"]),
+        timeout_ms=int(members["timeout"]),
+        deadline_ms=exchange["deadline"],
+        max_token_size=exchange["max_token_size"],
+        ssl_verify=members["ssl_verify"],
+        ca_file=_build_ca_file(members),
+        insecure_allow_http=members["insecure_allow_http"],
+        strict=exchange["strict"],
+        flow=_build_flow(exchange["flow"]),
+    )
+    _warn_of_unsafe(config, notes)
+    for find in (
+        _find_forwarding,
+        _find_narrowing,
+        _find_subject,
+        _find_result,
+        _find_credential,
+        _find_time,
+    ):
+        find(config, notes)
+    return replace(config, warnings=tuple(notes.warnings), findings=tuple(notes.findings))
+
+
+def _identify(members: Members) -> str:
+    """Hash what was read, so that a default that is spelt out changes nothing."""
+    canonical = json.dumps(members, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _is_reference(value: str) -> bool:
+    """Tell whether the reader let a vault reference through, which is not looked into."""
+    return _VAULT_REFERENCE.fullmatch(value) is not None
+
+
+# --- URLs and issuers -----------------------------------------------------------------
+
+
+def _split_url(value: str, path: str) -> SplitResult:
+    """Split an absolute http or https URL; refuse what two parsers could read differently."""
+    if not _PRINTABLE_ASCII.fullmatch(value) or "\\" in value:
+        raise ConfigError(path, "must be a URL of printable ASCII characters")
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigError(path, "must be a URL") from None
+    if parts.scheme not in {"http", "https"} or not host:
+        raise ConfigError(path, "must be an absolute http or https URL")
+    if "@" in parts.netloc:
+        raise ConfigError(path, "must not have user information")
+    if "#" in value:
+        raise ConfigError(path, "must not have a fragment")
+    if not _HOST.fullmatch(host):
+        raise ConfigError(path, "must have a host name or an address")
+    return parts
+
+
+def _check_url(value: str, path: str, notes: _Notes) -> str:
+    """Require https, or http where it is allowed."""
+    if _is_reference(value):
+        return value
+    parts = _split_url(value, path)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        if not notes.insecure_allow_http:
+            raise ConfigError(path, "must be https: http is for loopback, else set insecure_allow_http")
+        notes.warn(path, "plain http: tokens and secrets are readable on the network")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_issuer(value: str, path: str) -> tuple[str, str | None]:
+    """
+    Return an issuer's identifier and the URL of its discovery document.
+
+    A discovery URL gives the identifier when its well-known part is taken out; any
+    other value is the identifier as it stands. What is no URL has no discovery.
+
+    Source: OpenID Connect Discovery 1.0 section 4.1; RFC 8414 section 3.1.
+    """
+    if _is_reference(value):
+        return value, value
+    if not _PRINTABLE_ASCII.fullmatch(value):
+        raise ConfigError(path, "must be printable ASCII characters")
+    if not value.lower().startswith(("http://", "https://")):
+        return value, None
+    _split_url(value, path)
+    before, mark, after = value.partition("/.well-known/")
+    if "?" in before:
+        raise ConfigError(path, "an issuer identifier has no query")
+    if not mark:
+        return value, value.removesuffix("/") + _DISCOVERY_PATH
+    tenant = after.partition("?")[0].partition("/")[2].rstrip("/")
+    if tenant and before.count("/") > 2:
+        raise ConfigError(path, "is no discovery URL: it has path segments before and after /.well-known/")
+    return (f"{before}/{tenant}" if tenant else before), value
+
+
+def _build_target(members: Members, notes: _Notes) -> TargetIssuer:
+    issuer, discovery_url = _parse_issuer(members["issuer"], "issuer")
+    for name in ("token_endpoint", "jwks_endpoint"):
+        if members[name] is not None:
+            _check_url(members[name], name, notes)
+        elif members["using_pseudo_issuer"]:
+            raise ConfigError(name, "required with using_pseudo_issuer")
+    if members["using_pseudo_issuer"]:
+        discovery_url = None
+    elif discovery_url is None:
+        raise ConfigError("issuer", "must be an http or https URL, except with using_pseudo_issuer")
+    else:
+        _check_url(discovery_url, "issuer", notes)
+    return TargetIssuer(
+        issuer=issuer,
+        discovery_url=discovery_url,
+        token_endpoint=members["token_endpoint"],
+        jwks_uri=members["jwks_endpoint"],
+    )
+
+
+# Members of an entry that are used before `conditions` choose among the entries.
+_VERIFICATION = ("algorithms", "audience", "clients", "required_claims", "typ", "max_age")
+
+
+def _build_issuers(
+    exchange: Members, target: TargetIssuer, notes: _Notes
+) -> tuple[tuple[SubjectTokenIssuer, ...], SubjectTokenIssuer]:
+    """Build the listed entries, and the rules for every token of the target issuer."""
+    path = "token_exchange.subject_token_issuers"
+    entries = [
+        (f"{path}[{index}]", *_parse_issuer(entry["issuer"], f"{path}[{index}].issuer"), entry)
+        for index, entry in enumerate(exchange["subject_token_issuers"])
+    ]
+    default_type = exchange["request"]["subject_token_type"] or TOKEN_TYPE_ACCESS_TOKEN
+    rules = _merge_verification([(at, entry) for at, issuer, _, entry in entries if issuer == target.issuer])
+    target_rules = _build_entry(
+        rules,
+        issuer=target.issuer,
+        discovery_url=target.discovery_url,
+        jwks_uri=target.jwks_uri,
+        verify_signature=True,
+        subject_token_type=default_type,
+    )
+    built: list[SubjectTokenIssuer] = []
+    for at, issuer, discovery_url, entry in entries:
+        _check_subject_token_type(exchange, entry["subject_token_type"], f"{at}.subject_token_type")
+        conditions = _build_conditions(entry["conditions"], f"{at}.conditions")
+        if issuer == target.issuer:
+            _check_target_entry(entry, conditions, at, target)
+            own_type = entry["subject_token_type"] or default_type
+            built.append(replace(target_rules, conditions=conditions, subject_token_type=own_type))
+            continue
+        if any(other.issuer == issuer for other in built):
+            raise ConfigError(f"{at}.issuer", "is listed twice; only the target issuer may be")
+        if conditions is not None:
+            raise ConfigError(
+                f"{at}.conditions",
+                "only for the target issuer: tokens of another issuer are always exchanged",
+            )
+        built.append(
+            _build_foreign(
+                entry, notes, issuer=issuer, discovery_url=discovery_url, path=at, default_type=default_type
+            )
+        )
+    _warn_of_near_duplicates(target, built, notes)
+    return tuple(built), target_rules
+
+
+def _merge_verification(entries: Sequence[tuple[str, Members]]) -> Members:
+    """
+    Merge what the target issuer's entries say about verification.
+
+    A token is verified before conditions choose an entry, so what one entry states
+    holds for all of them, and two entries cannot state different things.
+    """
+    merged: Members = dict.fromkeys(_VERIFICATION)
+    for path, entry in entries:
+        for name in _VERIFICATION:
+            if entry[name] is None:
+                continue
+            if merged[name] not in (None, entry[name]):
+                raise ConfigError(
+                    f"{path}.{name}",
+                    "differs between entries of the target issuer; a token is verified before one is chosen",
+                )
+            merged[name] = entry[name]
+    return merged
+
+
+def _build_entry(
+    rules: Members,
+    *,
+    issuer: str,
+    discovery_url: str | None,
+    jwks_uri: str | None,
+    verify_signature: bool,
+    subject_token_type: str,
+) -> SubjectTokenIssuer:
+    return SubjectTokenIssuer(
+        issuer=issuer,
+        discovery_url=discovery_url,
+        jwks_uri=jwks_uri,
+        verify_signature=verify_signature,
+        conditions=None,
+        algorithms=tuple(rules["algorithms"] or ASYMMETRIC_ALGORITHMS),
+        audience=tuple(rules["audience"] or ()),
+        clients=tuple(rules["clients"] or ()),
+        required_claims=tuple(rules["required_claims"] or ()),
+        typ=tuple(rules["typ"] or ()),
+        subject_token_type=subject_token_type,
+        max_age=rules["max_age"],
+    )
+
+
+def _check_target_entry(
+    entry: Members, conditions: Conditions | None, path: str, target: TargetIssuer
+) -> None:
+    """Check an entry for the target issuer, whose keys and verification are not the entry's to choose."""
+    if conditions is None:
+        raise ConfigError(
+            f"{path}.conditions", "required for the target issuer: say which of its tokens are exchanged"
+        )
+    if entry["jwks_uri"] not in (None, target.jwks_uri):
+        raise ConfigError(f"{path}.jwks_uri", "not for the target issuer: set jwks_endpoint")
+    if entry["insecure_skip_subject_signature"]:
+        raise ConfigError(
+            f"{path}.insecure_skip_subject_signature", "tokens of the target issuer are always verified"
+        )
+
+
+def _build_foreign(
+    entry: Members, notes: _Notes, *, issuer: str, discovery_url: str | None, path: str, default_type: str
+) -> SubjectTokenIssuer:
+    verify = _decide_verification(entry, path, notes)
+    jwks_uri = entry["jwks_uri"]
+    if jwks_uri is not None:
+        _check_url(jwks_uri, f"{path}.jwks_uri", notes)
+        discovery_url = None
+    elif not verify:
+        discovery_url = None
+    elif discovery_url is None:
+        raise ConfigError(f"{path}.issuer", "must be an http or https URL, except with jwks_uri")
+    else:
+        _check_url(discovery_url, f"{path}.issuer", notes)
+    if not entry["audience"]:
+        notes.find(
+            "issuer",
+            f"{path}.audience",
+            "tokens meant for anybody are exchanged; name the audience that means this gateway",
+        )
+    return _build_entry(
+        entry,
+        issuer=issuer,
+        discovery_url=discovery_url,
+        jwks_uri=jwks_uri,
+        verify_signature=verify,
+        subject_token_type=entry["subject_token_type"] or default_type,
+    )
+
+
+def _decide_verification(entry: Members, path: str, notes: _Notes) -> bool:
+    """Tell whether a foreign issuer's signatures are verified: only two switches turn it off."""
+    confirmed = entry["insecure_skip_subject_signature"]
+    if not entry["verify_signature"] and confirmed:
+        notes.warn(f"{path}.verify_signature", "signatures are not verified: any caller can make up tokens")
+        return False
+    if not entry["verify_signature"]:
+        notes.warn(
+            f"{path}.verify_signature",
+            "false has no effect without insecure_skip_subject_signature; signatures are verified",
+        )
+    elif confirmed:
+        notes.warn(
+            f"{path}.insecure_skip_subject_signature",
+            "no effect without verify_signature: false; signatures are verified",
+        )
+    return True
+
+
+def _build_conditions(members: Members, path: str) -> Conditions | None:
+    """Build the conditions; none stated, or empty lists alone, are no conditions."""
+    for name in ("has_scopes", "missing_scopes"):
+        for index, scope in enumerate(members[name] or ()):
+            _check_match(_SCOPE_TOKEN, scope, f"{path}.{name}[{index}]", "must be one scope")
+    stated = {name: tuple(value) for name, value in members.items() if value}
+    return Conditions(**stated) if stated else None
+
+
+def _warn_of_near_duplicates(
+    target: TargetIssuer, entries: Sequence[SubjectTokenIssuer], notes: _Notes
+) -> None:
+    """Warn where two issuers differ by case or a slash alone: one of them is likely a slip."""
+    seen = {target.issuer.casefold().rstrip("/"): target.issuer}
+    for index, entry in enumerate(entries):
+        if seen.setdefault(entry.issuer.casefold().rstrip("/"), entry.issuer) != entry.issuer:
+            notes.warn(
+                f"token_exchange.subject_token_issuers[{index}].issuer",
+                "differs from another issuer by letter case or a slash alone; issuers are compared exactly",
+            )
+
+
+# --- the request ----------------------------------------------------------------------
+
+
+def _build_client(members: Members, notes: _Notes) -> ClientCredentials:
+    ids, secrets = members["client_id"], members["client_secret"] or []
+    methods = members["client_auth"] or []
+    method = cast("ClientMethod", methods[0] if methods else "client_secret_basic")
+    if len(methods) > len(ids):
+        raise ConfigError("client_auth", "has more elements than client_id")
+    if secrets and len(secrets) != len(ids):
+        raise ConfigError("client_secret", "must have as many elements as client_id")
+    if method != "none" and not secrets:
+        raise ConfigError("client_secret", f"required with {method}")
+    if method == "none" and secrets:
+        notes.warn("client_secret", "not used: client_auth is none")
+    if len(ids) > 1:
+        notes.warn("client_id", "only the first client is used")
+    return ClientCredentials(
+        client_id=ids[0],
+        client_secret=None if method == "none" else Secret(secrets[0]),
+        method=method,
+    )
+
+
+def _build_request(members: Members, exchange: Members) -> ExchangeParameters:
+    request: Members = exchange["request"]
+    grant_type, microsoft = exchange["grant_type"], exchange["provider"] == "microsoft"
+    if microsoft and grant_type != "jwt_bearer":
+        raise ConfigError("token_exchange.provider", "microsoft is for grant_type jwt_bearer")
+    path = "token_exchange.request"
+    _check_subject_token_type(exchange, request["subject_token_type"], f"{path}.subject_token_type")
+    requested_type = request["requested_token_type"]
+    if requested_type is not None:
+        _check_uri(requested_type, f"{path}.requested_token_type")
+        if requested_type == _REFRESH_TOKEN_TYPE:
+            raise ConfigError(f"{path}.requested_token_type", "a refresh token must not go upstream")
+    for index, resource in enumerate(request["resource"] or ()):
+        _check_uri(resource, f"{path}.resource[{index}]")
+    reserved = _RESERVED_PARAMETERS | ({_ON_BEHALF_OF[0]} if microsoft else set())
+    parameters = _build_pairs(members, request, "post_args", _parameter_rule(reserved))
+    return ExchangeParameters(
+        grant_type=grant_type,
+        audience=tuple(_choose(members, request, "audience")),
+        resource=tuple(request["resource"] or ()),
+        scopes=_build_scopes(members, request),
+        requested_token_type=requested_type,
+        subject_token_type=request["subject_token_type"] or TOKEN_TYPE_ACCESS_TOKEN,
+        extra_parameters=(_ON_BEHALF_OF, *parameters) if microsoft else parameters,
+        extra_headers=_build_pairs(members, request, "headers", _check_extra_header),
+    )
+
+
+def _check_subject_token_type(exchange: Members, value: str | None, path: str) -> None:
+    if value is None:
+        return
+    if exchange["grant_type"] == "jwt_bearer":
+        raise ConfigError(path, "not for grant_type jwt_bearer, which has no such parameter")
+    _check_uri(value, path)
+
+
+def _check_uri(value: str, path: str) -> None:
+    """Require an absolute URI without a fragment (RFC 8693 sections 2.1 and 3)."""
+    if not _PRINTABLE_ASCII.fullmatch(value) or not _URI_SCHEME.match(value) or "#" in value:
+        raise ConfigError(path, "must be an absolute URI without a fragment")
+
+
+def _choose(members: Members, request: Members, name: str, *, top: str | None = None) -> list[str]:
+    """Return what `request` says, or top level, or nothing where `empty_*` says so."""
+    stem = name.removesuffix("_names").removesuffix("_values")
+    if request[f"empty_{stem}"]:
+        if request[name]:
+            raise ConfigError(f"token_exchange.request.empty_{stem}", f"contradicts {name}")
+        return []
+    chosen: list[str] = request[name] or members[top or name] or []
+    return chosen
+
+
+def _build_scopes(members: Members, request: Members) -> tuple[str, ...]:
+    path = "token_exchange.request.scopes" if request["scopes"] else "scopes"
+    scopes: dict[str, None] = {}
+    for index, element in enumerate(_choose(members, request, "scopes")):
+        if _is_reference(element):
+            scopes[element] = None
+            continue
+        for scope in element.split(" "):
+            _check_match(_SCOPE_TOKEN, scope, f"{path}[{index}]", "must be scopes, one space between two")
+            scopes[scope] = None
+    return tuple(scopes)
+
+
+def _build_pairs(
+    members: Members, request: Members, name: str, check: Callable[[str, str, str, str], str]
+) -> tuple[tuple[str, str], ...]:
+    """
+    Build the extra parameters or headers: those of `request`, else those at top level.
+
+    *check* takes name, value and their paths, and returns the name by which
+    duplicates are found. Both levels are checked, also the one that is overridden.
+    """
+    levels = [(f"token_{name}", members), (f"token_exchange.request.{name}", request)]
+    for prefix, level in levels:
+        stem = prefix.rpartition(".")[2]
+        names, values = level[f"{stem}_names"] or [], level[f"{stem}_values"] or []
+        if len(names) != len(values):
+            raise ConfigError(f"{prefix}_values", f"must have as many elements as {stem}_names")
+        seen: set[str] = set()
+        for index, (key, value) in enumerate(zip(names, values, strict=True)):
+            found = check(key, value, f"{prefix}_names[{index}]", f"{prefix}_values[{index}]")
+            if found in seen:
+                raise ConfigError(f"{prefix}_names[{index}]", "is listed twice")
+            seen.add(found)
+    names = _choose(members, request, f"{name}_names", top=f"token_{name}_names")
+    values = _choose(members, request, f"{name}_values", top=f"token_{name}_values")
+    return tuple(zip(names, values, strict=True))
+
+
+def _parameter_rule(reserved: frozenset[str]) -> Callable[[str, str, str, str], str]:
+    def check(name: str, _value: str, path: str, _value_path: str) -> str:
+        if name.lower() in reserved:
+            raise ConfigError(path, f"{name.lower()} is set by the exchange itself")
+        return name
+
+    return check
+
+
+def _check_extra_header(name: str, value: str, path: str, value_path: str) -> str:
+    _check_match(_TOKEN, name, path, "must be a header name")
+    if name.lower() in _RESERVED_HEADERS:
+        raise ConfigError(path, f"{name.lower()} is set by the exchange itself")
+    _check_match(_HEADER_VALUE, value, value_path, "must be printable ASCII characters")
+    return name.lower()
+
+
+def _check_match(pattern: re.Pattern[str], value: str, path: str, message: str) -> None:
+    if not pattern.fullmatch(value):
+        raise ConfigError(path, message)
+
+
+# --- the rest -------------------------------------------------------------------------
+
+
+def _build_result(members: Members) -> ResultPolicy:
+    path = "token_exchange.result"
+    pairs, same_subject = members["same_subject_claims"], members["same_subject"]
+    if pairs and same_subject:
+        raise ConfigError(f"{path}.same_subject_claims", "cannot be combined with same_subject")
+    for index, scope in enumerate(members["allowed_scopes"] or ()):
+        _check_match(_SCOPE_TOKEN, scope, f"{path}.allowed_scopes[{index}]", "must be one scope")
+    if members["validation"] == "none":
+        unprovable = {"allowed_audience": members["allowed_audience"], "same_subject_claims": pairs}
+        unprovable["same_subject"] = same_subject == "sub"
+        for name, stated in unprovable.items():
+            if stated:
+                raise ConfigError(f"{path}.{name}", "cannot be proven with validation none")
+    return ResultPolicy(
+        validation=members["validation"],
+        allowed_scopes=_build_limit(members["allowed_scopes"]),
+        allowed_audience=_build_limit(members["allowed_audience"]),
+        max_lifetime=members["max_lifetime"],
+        narrowing=members["narrowing"],
+        same_subject=tuple(ClaimPair(**pair) for pair in pairs) if pairs else same_subject,
+    )
+
+
+def _build_limit(values: list[str] | None) -> frozenset[str] | None:
+    return None if values is None else frozenset(values)
+
+
+def _build_cache(members: Members, cache: Members) -> CachePolicy:
+    ttl = cache["ttl"] or int(members["cache_ttl"])
+    if members["cache_ttl_max"] is not None:
+        ttl = min(ttl, int(members["cache_ttl_max"]))
+    return CachePolicy(enabled=cache["enabled"], ttl=ttl)
+
+
+def _build_credential(members: Members, notes: _Notes) -> CredentialSources:
+    methods = set(members["auth_methods"])
+    if methods != {"bearer"} and methods != set(KONG_AUTH_METHODS):
+        raise ConfigError("auth_methods", f"only bearer is supported; any other method is {NOT_YET}")
+    sources = set(members["bearer_token_param_type"])
+    if not sources:
+        raise ConfigError("bearer_token_param_type", "must not be empty")
+    cookie, header = members["bearer_token_cookie_name"], members["bearer_token_header_name"]
+    if cookie is not None:
+        _check_match(_TOKEN, cookie, "bearer_token_cookie_name", "must be a cookie name")
+    elif "cookie" in sources:
+        raise ConfigError("bearer_token_cookie_name", "required with bearer_token_param_type cookie")
+    if header is not None:
+        _check_match(_TOKEN, header, "bearer_token_header_name", "must be a header name")
+        if header.lower() in _RESERVED_HEADERS - {"authorization"}:
+            raise ConfigError("bearer_token_header_name", "cannot be this header")
+    for name, source in (("bearer_token_cookie_name", "cookie"), ("bearer_token_header_name", "header")):
+        if members[name] is not None and source not in sources:
+            notes.warn(name, f"not used: bearer_token_param_type does not hold {source}")
+    return CredentialSources(
+        header="header" in sources,
+        header_name=None if header is None or header.lower() == "authorization" else header,
+        query="query" in sources,
+        cookie_name=cookie if "cookie" in sources else None,
+    )
+
+
+def _build_upstream_header(value: str) -> UpstreamHeader:
+    """Read `name:bearer` or `name`; other headers than a token's own cannot be overwritten."""
+    path = "upstream_access_token_header"
+    name, colon, scheme = value.partition(":")
+    _check_match(_TOKEN, name, path, "must be a header name, or a header name and :bearer")
+    if name.lower() in _RESERVED_HEADERS - {"authorization"}:
+        raise ConfigError(path, "cannot be this header")
+    if not colon:
+        return UpstreamHeader(name=name, scheme="")
+    if scheme.lower() != "bearer":
+        raise ConfigError(path, "must be a header name, or a header name and :bearer")
+    return UpstreamHeader(name=name, scheme="bearer")
+
+
+def _build_alternatives(members: Members, name: str) -> tuple[frozenset[str], ...]:
+    alternatives = tuple(frozenset(element.split()) for element in members[name] or ())
+    for index, words in enumerate(alternatives):
+        if not words:
+            raise ConfigError(f"{name}[{index}]", "must not be blank")
+    return alternatives
+
+
+def _build_ca_file(members: Members) -> str | None:
+    ca_file: str | None = members["ca_file"]
+    if ca_file is not None and not ca_file.startswith("/"):
+        raise ConfigError("ca_file", "must be an absolute path")
+    return ca_file
+
+
+def _build_flow(members: Members) -> Flow | None:
+    if not any(members.values()):
+        return None
+    return Flow(**{**members, "review_by": _parse_day(members["review_by"], "token_exchange.flow.review_by")})
+
+
+def _parse_day(value: str | None, path: str) -> date | None:
+    if value is None:
+        return None
+    try:
+        day = date.fromisoformat(value)
+    except ValueError:
+        day = None
+    if day is None or not _DAY.fullmatch(value):  # Python also reads 20270630 and 2027-W26-3
+        raise ConfigError(path, "must be a day, YYYY-MM-DD")
+    return day
+
+
+# --- what loads and should be known ---------------------------------------------------
+
+
+def _warn_of_unsafe(config: PluginConfig, notes: _Notes) -> None:
+    if not config.ssl_verify:
+        notes.warn(
+            "ssl_verify", "certificates are not verified: anybody on the way can read and forge answers"
+        )
+
+
+def _find_forwarding(config: PluginConfig, notes: _Notes) -> None:
+    if not config.audience_required and not config.target_rules.audience:
+        notes.find(
+            "forwarding",
+            "audience_required",
+            "a token of the target issuer goes upstream whomever it is meant for; set audience_required,"
+            " or audience in an entry for the target issuer",
+        )
+
+
+def _find_narrowing(config: PluginConfig, notes: _Notes) -> None:
+    result, path = config.result, "token_exchange.result"
+    limits = (result.allowed_scopes, result.allowed_audience, result.max_lifetime)
+    downscoping = config.flow is not None and config.flow.kind == "downscoping"
+    if result.narrowing != "enforce":
+        notes.find("narrowing", f"{path}.narrowing", "a result beyond the limits is not refused")
+    elif not downscoping and all(limit is None for limit in limits):
+        notes.find(
+            "narrowing",
+            path,
+            "nothing bounds the result; set allowed_scopes, allowed_audience or max_lifetime",
+        )
+
+
+def _find_subject(config: PluginConfig, notes: _Notes) -> None:
+    same_subject, path = config.result.same_subject, "token_exchange.result.same_subject"
+    foreign = any(entry.issuer != config.target.issuer for entry in config.issuers)
+    if same_subject == "off":
+        notes.find("subject", path, "the result may be another subject's")
+    elif config.result.validation == "none":
+        notes.find("subject", "token_exchange.result.validation", "none leaves the subject unproven")
+    elif same_subject is None and foreign:
+        notes.find(
+            "subject",
+            path,
+            "across issuers the subject is unproven; set same_subject_claims, or same_subject",
+        )
+
+
+def _find_result(config: PluginConfig, notes: _Notes) -> None:
+    if config.result.validation != "full":
+        notes.find(
+            "result", "token_exchange.result.validation", "the signature of the result is not verified"
+        )
+
+
+def _find_credential(config: PluginConfig, notes: _Notes) -> None:
+    if config.credential.query:
+        notes.find("credential", "bearer_token_param_type", "a token in a query is written to access logs")
+    if not config.hide_credentials:
+        notes.find("credential", "hide_credentials", "the caller's own token may go upstream as well")
+
+
+def _find_time(config: PluginConfig, notes: _Notes) -> None:
+    if config.leeway > _LEEWAY_WORTH_A_FINDING:
+        notes.find("time", "leeway", "more than a minute lets expired tokens live on")
