@@ -1,0 +1,495 @@
+"""
+The loop that owns all sockets of one process.
+
+One thread, level-triggered epoll, one `recv` and one `send` per step of an event.
+Events answered from memory never leave it; the others go to the pool and come
+back as posts over a socket pair. Everything it waits for waits equally long per
+kind (deadline, end of file after an exit, grace of an instance), so a timer is a
+`deque` and costs nothing on the warm path.
+
+It takes a listening socket, or connections that another process accepted
+(`adopt`), or both.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kong_token_exchange.pluginserver.connection import (
+    Abandon,
+    Close,
+    Connection,
+    Deliver,
+    Host,
+    Linger,
+    RunAccess,
+    State,
+)
+from kong_token_exchange.pluginserver.contract import Outcome
+from kong_token_exchange.pluginserver.faults import FaultLog
+from kong_token_exchange.pluginserver.offload import Access, Called, Ended, Idle, Pool, Post
+
+# What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
+RECV_BYTES = 64 * 1024
+
+# Kong gives up on a plugin after lua_socket_read_timeout, 60 s by default; a plugin's own
+# deadline (5 s) comes first, and this one catches a plugin that forgot its own.
+DEFAULT_DEADLINE_S = 10.0
+KONG_READ_TIMEOUT_S = 60.0
+
+# End of file follows an exit within a millisecond; a gateway that is stopped sends none.
+LINGER_S = 1.0
+
+# How long running events may take to end once the server was told to stop.
+DRAIN_S = 5.0
+
+# Unsent bytes of one connection: the largest event's frames, doubled. A peer that
+# does not read is no gateway.
+MAX_UNSENT_BYTES = 8 * 1024 * 1024
+
+_ACCEPTS_PER_WAKE = 64
+
+# Failed rounds in a row after which the process gives up; a round that works starts anew.
+_MAX_FAILURES = 100
+
+# Instances whose grace is over are closed, and a pause of accepting ends, this often.
+HOUSE_S = 1.0
+
+_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+
+logger = logging.getLogger(__name__)
+
+
+class Peer:
+    """One socket with its conversation."""
+
+    __slots__ = ("access", "actions", "connection", "fd", "receive", "recv", "send", "socket", "unsent")
+
+    def __init__(self, sock: socket.socket, connection: Connection) -> None:
+        self.socket = sock
+        self.fd = sock.fileno()
+        self.connection = connection
+        self.recv = sock.recv
+        self.send = sock.send
+        self.receive = connection.receive
+        self.actions = connection.actions
+        self.unsent = bytearray()
+        self.access: Access | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How the server stands."""
+
+    connections: int
+    threads: int
+    busy: int
+    lost_threads: int
+    lost_threads_total: int
+    faults: int
+    refused_full: int
+    timed_out: int
+
+
+class Loop:
+    """
+    Serve connections until told to stop.
+
+    Args:
+        host: The plugin and its instances.
+        make_pool: Makes the pool, given where its threads post; called once.
+        deadline_s: How long an event may be in the pool.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        make_pool: Callable[[Callable[[Post], None]], Pool],
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        linger_s: float = LINGER_S,
+        drain_s: float = DRAIN_S,
+        house_s: float = HOUSE_S,
+        log: FaultLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 < deadline_s < KONG_READ_TIMEOUT_S:
+            raise ValueError(f"deadline_s must be below Kong's read timeout, {KONG_READ_TIMEOUT_S:g} s")
+        self._pool = make_pool(self.post)
+        self._host = host
+        self._deadline_s = deadline_s
+        self._linger_s = linger_s
+        self._drain_s = drain_s
+        self._log = log or host.log
+        self._clock = clock
+        self._epoll = select.epoll()
+        self._peers: dict[int, Peer] = {}
+        self._listener: socket.socket | None = None
+        self._accept_paused = False
+        self._posts: deque[Post | Callable[[], None]] = deque()
+        self._wake_receive, self._wake_send = socket.socketpair()
+        self._wake_receive.setblocking(False)
+        self._wake_send.setblocking(False)
+        self._epoll.register(self._wake_receive, _READ)
+        self._deadlines: deque[tuple[float, Access]] = deque()
+        self._lingering: deque[tuple[float, Peer]] = deque()
+        self._house_s = house_s
+        self._now = clock()
+        self._next_house = self._now + house_s
+        self._stop_at: float | None = None
+        self._stop_asked = False
+        self._refused_full = 0
+        self._timed_out = 0
+
+    # --- from anywhere ----------------------------------------------------------------
+
+    def post(self, item: Post | Callable[[], None]) -> None:
+        """Hand something to the loop from any thread."""
+        self._posts.append(item)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the loop look at its posts; safe in any thread and in a signal handler."""
+        try:
+            self._wake_send.send(b"\0")
+        except (BlockingIOError, InterruptedError):
+            pass  # Full: it is awake already.
+        except OSError:
+            pass  # Closed: a lost thread posts after the end.
+
+    def wake_fd(self) -> int:
+        """Return the descriptor for `signal.set_wakeup_fd`."""
+        return self._wake_send.fileno()
+
+    def request_stop(self) -> None:
+        """Ask for an orderly end: accept no more, let running events end, return from `run`."""
+        self._stop_asked = True
+        self.wake()
+
+    def stats(self) -> Stats:
+        """Return how the server stands; exact on the loop's thread, close to it elsewhere."""
+        pool = self._pool
+        return Stats(
+            connections=len(self._peers),
+            threads=pool.size,
+            busy=pool.busy,
+            lost_threads=pool.lost,
+            lost_threads_total=pool.lost_total,
+            faults=self._log.total,
+            refused_full=self._refused_full,
+            timed_out=self._timed_out,
+        )
+
+    # --- sockets in -------------------------------------------------------------------
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept connections from *listener*, which is listening already; before `run`."""
+        listener.setblocking(False)
+        self._listener = listener
+        self._epoll.register(listener, _READ)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere; on the loop's thread, or as a post."""
+        sock.setblocking(False)
+        peer = Peer(sock, Connection(self._host))
+        self._peers[peer.fd] = peer
+        self._epoll.register(peer.fd, _READ)
+
+    def _accept(self) -> None:
+        listener = self._listener
+        if listener is None:
+            return
+        for _ in range(_ACCEPTS_PER_WAKE):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of descriptors or memory: the backlog waits, and so do we, since
+                # epoll would report it again at once.
+                self._log.raised("accept failed", error)
+                self._epoll.unregister(listener)
+                self._accept_paused = True
+                return
+            self.adopt(sock)
+
+    # --- the loop ---------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop`; closes every socket it was given, the listener included."""
+        failures = 0
+        try:
+            while not self._finished():
+                try:
+                    self._step()
+                    failures = 0
+                except Exception as error:
+                    # Whoever started the process starts it anew; until then Kong answers 500.
+                    failures += 1
+                    self._log.raised("the loop failed", error)
+                    if failures >= _MAX_FAILURES:
+                        raise
+        finally:
+            self.close()
+
+    def _step(self) -> None:
+        peers = self._peers
+        for fd, event in self._epoll.poll(self._timeout()):
+            peer = peers.get(fd)
+            if peer is None:
+                self._on_other(fd)
+                continue
+            if event == _READ:
+                self._read(peer)
+                continue
+            if event & _WRITE:
+                self._flush(peer)
+            if event & ~_WRITE:
+                self._read(peer)
+        if self._posts:
+            self._take_posts()
+        self._now = now = self._clock()
+        if self._deadlines or self._lingering or self._stop_asked:
+            self._check_timers(now)
+        if now >= self._next_house:
+            self._keep_house(now)
+
+    def _read(self, peer: Peer) -> None:
+        try:
+            data = peer.recv(RECV_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # ECONNRESET and its like say what end of file says.
+        try:
+            if data:
+                out = peer.receive(data)
+                if out:
+                    self._write(peer, out)
+            else:
+                peer.connection.gone()
+            if peer.actions:
+                self._act(peer)
+        except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
+            self._on_fault(peer, error)
+
+    def _write(self, peer: Peer, data: bytes) -> None:
+        if peer.unsent:
+            peer.unsent += data
+            if len(peer.unsent) > MAX_UNSENT_BYTES:
+                peer.connection.gone()
+            return
+        try:
+            sent = peer.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            peer.connection.gone()
+            return
+        if sent < len(data):
+            peer.unsent += data[sent:]
+            self._epoll.modify(peer.fd, _READ | _WRITE)
+
+    def _flush(self, peer: Peer) -> None:
+        if not peer.unsent:
+            return
+        try:
+            sent = peer.send(peer.unsent)
+        except BlockingIOError:
+            return
+        except OSError:
+            peer.connection.gone()
+            self._act(peer)
+            return
+        del peer.unsent[:sent]
+        if not peer.unsent:
+            self._epoll.modify(peer.fd, _READ)
+
+    def _on_other(self, fd: int) -> None:
+        if fd == self._wake_receive.fileno():
+            try:
+                while len(self._wake_receive.recv(4096)) == 4096:
+                    pass
+            except BlockingIOError:
+                pass
+        elif self._listener is not None and fd == self._listener.fileno():
+            self._accept()
+        # Else: closed earlier in this round.
+
+    def _on_fault(self, peer: Peer, error: BaseException) -> None:
+        self._log.raised("a connection failed", error)
+        try:
+            out = peer.connection.fail()
+            if out:
+                self._write(peer, out)
+            self._act(peer)
+        except BaseException as second:  # noqa: BLE001 - nothing is left but to let go of it
+            self._log.raised("a connection failed twice", second)
+            self._drop(peer)
+
+    # --- what connections ask for -----------------------------------------------------
+
+    def _act(self, peer: Peer) -> None:
+        actions = peer.connection.actions
+        while actions:
+            action = actions.pop(0)
+            match action:
+                case RunAccess():
+                    self._offload(peer, action)
+                case Deliver(reply):
+                    if peer.access is not None:
+                        peer.access.deliver(reply)
+                case Abandon():
+                    if peer.access is not None:
+                        peer.access.abandon()
+                        peer.access = None
+                case Linger():
+                    self._lingering.append((self._clock() + self._linger_s, peer))
+                case Close():
+                    self._drop(peer)
+
+    def _offload(self, peer: Peer, action: RunAccess) -> None:
+        access = Access(action.instance, action.replies, peer, self.post)
+        if self._pool.submit(access):
+            peer.access = access
+            self._deadlines.append((self._clock() + self._deadline_s, access))
+            return
+        self._refused_full += 1
+        self._log.note("the pool is full: answering 503", level=logging.WARNING)
+        self._end(peer, self._host.faults.overloaded)
+
+    def _end(self, peer: Peer, outcome: Outcome) -> None:
+        out = peer.connection.overrule(outcome)
+        self._write(peer, out)
+
+    def _drop(self, peer: Peer) -> None:
+        if self._peers.get(peer.fd) is peer:
+            del self._peers[peer.fd]
+            self._epoll.unregister(peer.fd)
+            peer.socket.close()
+
+    # --- what threads post ------------------------------------------------------------
+
+    def _take_posts(self) -> None:
+        posts = self._posts
+        while posts:
+            item = posts.popleft()
+            match item:
+                case Called() | Ended():
+                    self._on_access(item)
+                case Idle():
+                    self._pool.idle()
+                case _:
+                    item()
+
+    def _on_access(self, item: Called | Ended) -> None:
+        access = item.access
+        if isinstance(item, Ended):
+            self._pool.ended(access)
+        if access.over:
+            return
+        peer = access.owner
+        assert isinstance(peer, Peer)  # `_offload` put it there
+        try:
+            if isinstance(item, Called):
+                out = peer.connection.call(item.frames, item.replies)
+            else:
+                peer.access = None
+                out = peer.connection.finish(item.outcome)
+            self._write(peer, out)
+            self._act(peer)
+        except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
+            self._on_fault(peer, error)
+
+    # --- time -------------------------------------------------------------------------
+
+    def _timeout(self) -> float:
+        soonest = self._next_house
+        if self._deadlines and self._deadlines[0][0] < soonest:
+            soonest = self._deadlines[0][0]
+        if self._lingering and self._lingering[0][0] < soonest:
+            soonest = self._lingering[0][0]
+        if self._stop_at is not None and self._stop_at < soonest:
+            soonest = self._stop_at
+        return max(0.0, soonest - self._now)
+
+    def _check_timers(self, now: float) -> None:
+        deadlines, lingering = self._deadlines, self._lingering
+        while deadlines and (deadlines[0][1].ended or deadlines[0][0] <= now):
+            self._expire(deadlines.popleft()[1])
+        while lingering and (lingering[0][0] <= now or lingering[0][1].connection.state is State.DEAD):
+            peer = lingering.popleft()[1]
+            if peer.unsent:
+                # Half an exit and then end of file is a lost instance to Kong: wait on.
+                lingering.append((now + self._linger_s, peer))
+                continue
+            peer.connection.close()
+            self._act(peer)
+        if self._stop_asked:
+            self._begin_stop(now)
+
+    def _expire(self, access: Access) -> None:
+        if access.ended:
+            return
+        if not access.over:
+            peer = access.owner
+            assert isinstance(peer, Peer)  # `_offload` put it there
+            self._timed_out += 1
+            self._log.note("an event passed its deadline: answering 504", level=logging.WARNING)
+            self._end(peer, self._host.faults.timed_out)
+            self._act(peer)
+        self._pool.overdue(access)
+
+    def _keep_house(self, now: float) -> None:
+        self._next_house = now + self._house_s
+        if self._accept_paused and self._listener is not None:
+            self._accept_paused = False
+            self._epoll.register(self._listener, _READ)
+        for instance in self._host.expire():
+            self._pool.run(instance.close)
+
+    # --- the end ----------------------------------------------------------------------
+
+    def _begin_stop(self, now: float) -> None:
+        if self._stop_at is None:
+            self._stop_at = now + self._drain_s
+            self._close_listener()
+        for peer in list(self._peers.values()):
+            if peer.connection.is_quiet():
+                # What arrived meanwhile is still served.
+                self._read(peer)
+            if peer.connection.is_quiet() and not peer.unsent:
+                peer.connection.close()
+                self._act(peer)
+
+    def _finished(self) -> bool:
+        if self._stop_at is None:
+            return False
+        return not self._peers or self._clock() >= self._stop_at
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            if not self._accept_paused:
+                self._epoll.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+            self._accept_paused = False
+
+    def close(self) -> None:
+        """Close every socket at once; `run` does so at its end."""
+        if self._epoll.closed:
+            return
+        self._close_listener()
+        for peer in list(self._peers.values()):
+            peer.connection.close()
+            self._act(peer)
+        self._pool.stop(timeout_s=1.0)
+        self._epoll.close()
+        self._wake_receive.close()
+        self._wake_send.close()

@@ -1,0 +1,814 @@
+"""
+The server over a real socket: every way an event can end, and what must hold after it.
+"""
+
+import errno
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kong_token_exchange.pluginserver import wire
+from kong_token_exchange.pluginserver.connection import Connection, Limits
+from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
+from kong_token_exchange.pluginserver.offload import EventOverError
+from kong_token_exchange.pluginserver.pdk import Kong
+from tests.support.fake_kong import Done, FakeKong, KongSide, Step
+from tests.support.plugins import AUTHORIZATION, Instance, Plugin
+from tests.support.running import WAIT_S, Running, eventually
+
+REPLACED = proceed(Calls().set_header("authorization", "Bearer NEW"))
+REFUSED = exit_with(401, b"{}", {"WWW-Authenticate": "Bearer"})
+NEW = ("kong.service.request.set_header", ("authorization", "Bearer NEW"))
+HEADER = "kong.request.get_header"
+
+
+class Scripted:
+    """A plugin whose answers hang on the Authorization header."""
+
+    def __init__(self) -> None:
+        self.access: dict[str, Callable[[Kong], None]] = {}
+        self.closed = threading.Event()
+
+    def warm(self, facts: Facts) -> Outcome | None:
+        match facts[0]:
+            case "Bearer good":
+                return REPLACED
+            case "Bearer refused":
+                return REFUSED
+            case "Bearer broken":
+                raise ValueError("MARKED-TOKEN")
+        return None
+
+    def run(self, kong: Kong) -> None:
+        self.access[kong.request.get_header("authorization")](kong)
+
+    def plugin(self) -> Plugin:
+        return Plugin(warm=self.warm, access=self.run, close=self.closed.set)
+
+
+@pytest.fixture
+def script() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def server(script: Scripted, tmp_path: Path) -> Iterator[Running]:
+    with Running(script.plugin(), tmp_path) as running:
+        yield running
+
+
+def ask(server: Running, instance_id: int, authorization: str, *steps: Step) -> Done:
+    return server.kong.event(instance_id, Step(HEADER, "authorization", authorization), *steps)
+
+
+def assert_serves(server: Running, instance_id: int) -> None:
+    done = ask(server, instance_id, "Bearer good")
+
+    assert ("success", [NEW]) == (done.ended, done.calls[1:])
+
+
+def status_of(done: Done) -> int:
+    assert "exit" == done.ended
+    assert done.exit is not None
+    return done.exit.status
+
+
+# --- the common cases -----------------------------------------------------------------
+
+
+def test_many_events_use_one_connection(server: Running) -> None:
+    instance_id = server.kong.start({})
+    for _ in range(50):
+        assert_serves(server, instance_id)
+
+    assert 1 == len(server.kong.pool)
+    assert 1 == server.loop.stats().connections
+
+
+def test_refusal_ends_the_event_and_kong_leaves(server: Running) -> None:
+    instance_id = server.kong.start({})
+    for _ in range(5):
+        assert 401 == status_of(ask(server, instance_id, "Bearer refused"))
+        assert_serves(server, instance_id)
+    server.kong.__exit__()
+
+    eventually(lambda: server.loop.stats().connections == 0)
+
+
+def test_cold_event_runs_in_the_pool_and_the_loop_goes_on(script: Scripted, server: Running) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        entered.set()
+        assert gate.wait(WAIT_S)
+        kong.service.request.set_header("authorization", "Bearer NEW")
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    other = FakeKong(server.path)
+    results: list[Done] = []
+    thread = threading.Thread(
+        target=lambda: results.append(other.event(instance_id, Step(HEADER, "authorization", "Bearer cold")))
+    )
+    thread.start()
+    assert entered.wait(WAIT_S)
+    for _ in range(20):
+        assert_serves(server, instance_id)
+    gate.set()
+    thread.join(WAIT_S)
+    other.__exit__()
+
+    assert ("success", [NEW]) == (results[0].ended, results[0].calls[1:])
+
+
+def test_calls_of_the_pool_are_answered_and_pipelined_answers_skipped(
+    script: Scripted, server: Running
+) -> None:
+    got: list[Any] = []
+
+    def run(kong: Kong) -> None:
+        kong.ctx.shared.set("k", "v")
+        got.append(kong.request.get_path())
+        kong.log.notice("x")
+        got.append(kong.client.get_consumer())
+        kong.service.request.clear_header("x")
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    for _ in range(3):
+        done = ask(
+            server,
+            instance_id,
+            "Bearer cold",
+            Step("kong.request.get_path", reply="/a"),
+            Step("kong.client.get_consumer", reply={"id": "1"}),
+        )
+        assert "success" == done.ended
+        assert_serves(server, instance_id)
+
+    assert ["/a", {"id": "1"}] * 3 == got
+    assert 1 == len(server.kong.pool)
+
+
+def test_unknown_instance_is_closed_cleanly_and_started_again(server: Running) -> None:
+    instance_id = server.kong.start({})
+    stale = instance_id ^ 0x55
+
+    assert "closed" == ask(server, stale, "Bearer good").ended
+    assert instance_id == server.kong.start({}, seq=9)
+    assert_serves(server, instance_id)
+
+
+def test_start_then_close_of_the_same_id_keeps_serving(server: Running) -> None:
+    old = server.kong.start({}, seq=2)
+    new = server.kong.start({}, seq=3)
+    server.kong.close(old)
+
+    assert old == new
+    assert_serves(server, new)
+
+
+def test_closed_instance_is_let_go_of_after_its_grace(script: Scripted, tmp_path: Path) -> None:
+    with Running(script.plugin(), tmp_path, grace_s=0.0) as server:
+        instance_id = server.kong.start({})
+        server.kong.close(instance_id)
+
+        assert script.closed.wait(WAIT_S)
+        eventually(lambda: ask(server, instance_id, "Bearer good").ended == "closed")
+
+
+# --- faults ---------------------------------------------------------------------------
+
+
+def test_exception_in_warm_is_500_and_the_next_request_is_normal(server: Running) -> None:
+    instance_id = server.kong.start({})
+    for _ in range(3):
+        assert 500 == status_of(ask(server, instance_id, "Bearer broken"))
+        assert_serves(server, instance_id)
+
+    assert "MARKED-TOKEN" not in server.lines
+    assert 1 == len([line for line in server.lines.lines if "warm failed" in line])
+
+
+def recurse(kong: Kong) -> None:
+    recurse(kong)
+
+
+def raiser(error: BaseException) -> Callable[[Kong], None]:
+    def run(kong: Kong) -> None:
+        kong.service.request.set_header("authorization", "Bearer NEW")
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        raiser(ValueError("x")),
+        raiser(SystemExit(0)),
+        raiser(KeyboardInterrupt()),
+        raiser(MemoryError()),
+        raiser(GeneratorExit()),
+        recurse,
+    ],
+    ids=["ValueError", "SystemExit", "KeyboardInterrupt", "MemoryError", "GeneratorExit", "RecursionError"],
+)
+def test_whatever_access_raises_is_500_and_nothing_of_it_goes_upstream(
+    script: Scripted, server: Running, run: Callable[[Kong], None]
+) -> None:
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    for _ in range(3):
+        done = ask(server, instance_id, "Bearer cold")
+        assert 500 == status_of(done)
+        assert [] == done["kong.service.request.set_header"]
+        assert_serves(server, instance_id)
+
+
+STEPS: list[Callable[[Kong], Any]] = [
+    lambda kong: kong.request.get_path(),
+    lambda kong: kong.log.notice("x"),
+    lambda kong: kong.client.get_forwarded_ip(),
+    lambda kong: kong.service.request.set_header("authorization", "Bearer NEW"),
+    lambda kong: kong.router.get_route(),
+]
+
+
+@pytest.mark.parametrize("before", range(len(STEPS) + 1))
+def test_exception_between_any_two_calls_is_500(script: Scripted, server: Running, before: int) -> None:
+    def run(kong: Kong) -> None:
+        for number, step in enumerate(STEPS):
+            if number == before:
+                raise ValueError
+            step(kong)
+        if before == len(STEPS):
+            raise ValueError
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    for _ in range(2):
+        assert 500 == status_of(server.kong.event(instance_id, headers={"authorization": "Bearer cold"}))
+        assert_serves(server, instance_id)
+
+
+def test_access_past_its_deadline_is_504_and_its_late_calls_raise(script: Scripted, tmp_path: Path) -> None:
+    leave, raised = threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        assert leave.wait(WAIT_S)
+        try:
+            kong.service.request.set_header("authorization", "Bearer NEW")
+        except EventOverError:
+            raised.set()
+            raise
+
+    script.access["Bearer hang"] = run
+    script.access["Bearer cold"] = lambda kong: None
+    with Running(script.plugin(), tmp_path, threads=1, queue_limit=2, deadline_s=0.15) as server:
+        instance_id = server.kong.start({})
+        began = time.monotonic()
+        assert 504 == status_of(ask(server, instance_id, "Bearer hang"))
+        assert 0.15 <= time.monotonic() - began < WAIT_S
+
+        eventually(lambda: server.loop.stats().lost_threads == 1)
+        assert "success" == ask(server, instance_id, "Bearer cold").ended
+        assert_serves(server, instance_id)
+        leave.set()
+        assert raised.wait(WAIT_S)
+        eventually(lambda: server.loop.stats().lost_threads == 0)
+        stats = server.loop.stats()
+
+    assert (1, 1, 1, 0) == (stats.timed_out, stats.lost_threads_total, stats.threads, stats.busy)
+
+
+def test_access_that_waits_for_kong_past_its_deadline_is_504(script: Scripted, tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def run(kong: Kong) -> None:
+        try:
+            kong.request.get_path()
+        except EventOverError:
+            over.set()
+            raise
+
+    script.access["Bearer hang"] = run
+    with Running(script.plugin(), tmp_path, deadline_s=0.1) as server:
+        kong = server.kong
+        sock, side = kong.take(), KongSide([Step(HEADER, reply="Bearer hang")], sequence=2)
+        instance_id = kong.start({})
+        sock.sendall(side.begin(instance_id))
+        sock.sendall(side.receive(sock.recv(65536)))
+        # get_path arrives, and Kong does not answer it.
+        assert b"get_path" in sock.recv(65536)
+        assert over.wait(WAIT_S)
+        side = KongSide()
+        assert 504 == status_of(kong.converse(sock, side))
+
+
+def test_full_pool_is_503_at_once_while_warm_answers_go_on(script: Scripted, tmp_path: Path) -> None:
+    gate = threading.Event()
+    script.access["Bearer cold"] = lambda kong: [None][not gate.wait(WAIT_S)]
+    with Running(script.plugin(), tmp_path, threads=2, queue_limit=1) as server:
+        instance_id = server.kong.start({})
+        done: list[Done] = []
+        threads = []
+        for number in range(3):
+            kong = FakeKong(server.path)
+            threads.append(threading.Thread(target=lambda kong=kong: done.append(cold(kong, instance_id))))
+            threads[-1].start()
+            eventually(lambda number=number: server.loop.stats().busy == number + 1)
+        for _ in range(5):
+            refused = ask(server, instance_id, "Bearer cold")
+            assert 503 == status_of(refused)
+            assert refused.exit is not None
+            assert "1" == refused.exit.headers["Retry-After"]
+            assert_serves(server, instance_id)
+        gate.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+
+        assert ["success"] * 3 == [one.ended for one in done]
+        assert 5 == server.loop.stats().refused_full
+
+
+def cold(kong: FakeKong, instance_id: int) -> Done:
+    with kong:
+        return kong.event(instance_id, Step(HEADER, reply="Bearer cold"))
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["end-of-file", "reset"])
+def test_client_gone_frees_the_thread_that_waits_for_kong(
+    script: Scripted, server: Running, reset: bool
+) -> None:
+    over = threading.Event()
+
+    def run(kong: Kong) -> None:
+        try:
+            kong.request.get_path()
+        except EventOverError:
+            over.set()
+            raise
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    sock, side = server.kong.connect(), KongSide([Step(HEADER, reply="Bearer cold")])
+    sock.sendall(side.begin(instance_id))
+    sock.sendall(side.receive(sock.recv(65536)))
+    if reset:
+        eventually(lambda: sock.recv(65536, socket.MSG_PEEK))  # closed unread: the other side gets ECONNRESET
+    else:
+        assert b"get_path" in sock.recv(65536)
+    sock.close()
+
+    assert over.wait(1.0 if not reset else WAIT_S)
+    eventually(lambda: server.loop.stats().busy == 0)
+    assert_serves(server, instance_id)
+
+
+def test_client_gone_while_the_thread_works_makes_its_next_call_raise(
+    script: Scripted, server: Running
+) -> None:
+    entered, leave, over = threading.Event(), threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        entered.set()
+        assert leave.wait(WAIT_S)
+        try:
+            kong.response.exit(200)
+        except EventOverError:
+            over.set()
+            raise
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    sock, side = server.kong.connect(), KongSide([Step(HEADER, reply="Bearer cold")])
+    sock.sendall(side.begin(instance_id))
+    sock.sendall(side.receive(sock.recv(65536)))
+    assert entered.wait(WAIT_S)
+    before = server.loop.stats().connections
+    sock.close()
+    eventually(lambda: server.loop.stats().connections == before - 1)
+    leave.set()
+
+    assert over.wait(WAIT_S)
+    eventually(lambda: server.loop.stats().busy == 0)
+    assert_serves(server, instance_id)
+
+
+def test_client_gone_before_the_facts_came_is_forgotten(server: Running) -> None:
+    instance_id = server.kong.start({})
+    for _ in range(20):
+        sock = server.kong.connect()
+        sock.sendall(KongSide().begin(instance_id))
+        assert sock.recv(4)
+        sock.close()
+    server.kong.__exit__()
+
+    eventually(lambda: server.loop.stats().connections == 0)
+    assert_serves(server, instance_id)
+
+
+def test_kong_that_leaves_with_answers_unsent_is_forgotten(server: Running) -> None:
+    instance_id = server.kong.start({})
+    sock = server.kong.connect()
+    side = KongSide([Step(HEADER, reply="Bearer good")])
+    sock.sendall(side.begin(instance_id))
+    sock.sendall(side.receive(sock.recv(65536)))
+    eventually(lambda: sock.recv(65536, socket.MSG_PEEK))
+    sock.close()
+
+    eventually(lambda: server.loop.stats().connections == 1)
+    assert_serves(server, instance_id)
+
+
+def test_bytes_that_are_not_utf8_never_break_the_conversation(script: Scripted, server: Running) -> None:
+    seen: list[str] = []
+    chance = random.Random(90)
+
+    def run(kong: Kong) -> None:
+        seen.append(kong.request.get_path())
+        kong.service.request.set_header("x-seen", seen[-1])
+
+    instance_id = server.kong.start({})
+    for _ in range(200):
+        raw = bytes(chance.randrange(128, 256) for _ in range(chance.randrange(1, 300)))
+        text = raw.decode("utf-8", "surrogateescape")
+        script.access[text] = run
+        done = ask(server, instance_id, text, Step("kong.request.get_path", reply=text))
+        assert ("success", ("x-seen", text)) == (done.ended, done["kong.service.request.set_header"][0])
+
+    assert 1 == server.loop.stats().threads
+    assert 1 == len(server.kong.pool)
+
+
+@pytest.mark.parametrize(
+    "reply", [b"\x0a\x05abc", b"\x08\x01", b"\xff\xff", b"\x0b"], ids=["cut", "number", "varint", "group"]
+)
+@pytest.mark.parametrize("where", ["prefetch", "pool"])
+def test_undecodable_answer_is_500(script: Scripted, server: Running, reply: bytes, where: str) -> None:
+    script.access["Bearer cold"] = lambda kong: [None][bool(kong.request.get_path() and False)]
+    instance_id = server.kong.start({})
+    steps = [Step(HEADER, raw=reply)]
+    if where == "pool":
+        steps = [Step(HEADER, reply="Bearer cold"), Step("kong.request.get_path", raw=reply)]
+
+    assert 500 == status_of(server.kong.event(instance_id, *steps))
+    assert_serves(server, instance_id)
+
+
+@pytest.mark.parametrize("where", ["prefetch", "pool"])
+def test_over_long_answer_is_read_away_and_400(script: Scripted, tmp_path: Path, where: str) -> None:
+    script.access["Bearer cold"] = lambda kong: [None][bool(kong.request.get_path() and False)]
+    with Running(script.plugin(), tmp_path, limits=Limits(reply_bytes=100_000)) as server:
+        instance_id = server.kong.start({})
+        steps = [Step(HEADER, reply="x" * 3_000_000)]
+        if where == "pool":
+            steps = [Step(HEADER, reply="Bearer cold"), Step("kong.request.get_path", reply="x" * 3_000_000)]
+
+        assert 400 == status_of(server.kong.event(instance_id, *steps))
+        assert_serves(server, instance_id)
+
+
+def test_junk_instead_of_a_command_is_answered_and_then_closed(server: Running) -> None:
+    sock = server.kong.connect()
+    server.kong.send(sock, b"GET / HTTP/1.1\r\n\r\n")
+    side = KongSide()
+    # Nobody closes here: the server does, after its wait for end of file.
+    assert 500 == status_of(read_exit(sock, side))
+    assert b"" == sock.recv(1)
+    sock.close()
+
+
+def read_exit(sock: socket.socket, side: KongSide) -> Done:
+    while not side.over:
+        side.receive(sock.recv(65536))
+    return side.done
+
+
+def test_exit_whose_end_of_file_does_not_come_is_closed_after_the_wait(server: Running) -> None:
+    instance_id = server.kong.start({})
+    sock = server.kong.connect()
+    side = KongSide([Step(HEADER, reply="Bearer refused")])
+    sock.sendall(side.begin(instance_id))
+    sock.sendall(side.receive(sock.recv(65536)))
+    assert 401 == status_of(read_exit(sock, side))
+
+    assert b"" == sock.recv(1)
+    sock.close()
+    eventually(lambda: server.loop.stats().connections == 1)
+
+
+# --- bytes in pieces, large answers, many connections ---------------------------------
+
+
+def test_kong_may_write_byte_by_byte(server: Running) -> None:
+    instance_id = server.kong.start({})
+    sock, side = server.kong.connect(), KongSide([Step(HEADER, reply="Bearer good")])
+    for byte in side.begin(instance_id):
+        sock.sendall(bytes([byte]))
+    for byte in side.receive(sock.recv(65536)):
+        sock.sendall(bytes([byte]))
+
+    assert "success" == server.kong.converse(sock, side).ended
+
+
+BIG = "x" * 700_000
+
+
+@pytest.mark.parametrize("kind", ["success", "exit"])
+def test_answer_larger_than_the_socket_buffer_arrives_whole(tmp_path: Path, kind: str) -> None:
+    calls = [Calls().set_header("x-big", BIG) for _ in range(3)]
+    outcome = proceed(*calls) if kind == "success" else exit_with(403, BIG.encode(), {}, *calls)
+    with Running(Plugin(prefetch=(), warm=lambda facts: outcome), tmp_path) as server:
+        instance_id = server.kong.start({})
+        sock, side = server.kong.connect(), KongSide()
+        sock.sendall(side.begin(instance_id))
+        # Longer than the wait for end of file: half an exit must not be cut off.
+        time.sleep(0.3)
+        done = server.kong.converse(sock, side)
+
+        assert kind == done.ended
+        assert [("x-big", BIG)] * 3 == done["kong.service.request.set_header"]
+        assert "success" if kind == "success" else BIG.encode() == (done.exit and done.exit.body)
+        server.kong.event(instance_id)
+
+
+def test_peer_that_never_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kong_token_exchange.pluginserver.loop.MAX_UNSENT_BYTES", 1_000_000)
+    with Running(Plugin(), tmp_path) as server:
+        sock = server.kong.connect()
+        sock.setblocking(False)
+        ask_names = wire.frame(wire.encode_call(wire.GetPluginInfo(1, "p"))) * 1000
+
+        def push() -> bool:
+            try:
+                sock.send(ask_names)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+            return False
+
+        eventually(push)
+        sock.close()
+
+
+def test_two_hundred_connections_are_served_at_once(server: Running) -> None:
+    instance_id = server.kong.start({})
+    socks = [server.kong.connect() for _ in range(200)]
+    sides = [KongSide([Step(HEADER, reply="Bearer good")], sequence=number) for number in range(2, 202)]
+    for sock, side in zip(socks, sides, strict=True):
+        sock.sendall(side.begin(instance_id))
+    for sock, side in zip(socks, sides, strict=True):
+        assert "success" == server.kong.converse(sock, side).ended
+
+    assert 201 == server.loop.stats().connections
+    server.kong.__exit__()
+    eventually(lambda: server.loop.stats().connections == 0)
+
+
+def test_different_instances_never_mix(tmp_path: Path) -> None:
+    def start(config: Any) -> Instance:
+        answer = proceed(Calls().set_header("x-audience", config["audience"]))
+        return Instance(warm=lambda facts: answer)
+
+    with Running(Plugin(start), tmp_path) as server:
+        ids = {audience: server.kong.start({"audience": audience}) for audience in "abcdef"}
+        chance = random.Random(3)
+        for _ in range(200):
+            audience = chance.choice("abcdef")
+            done = server.kong.event(ids[audience])
+            assert [("x-audience", audience)] == done["kong.service.request.set_header"]
+
+
+# --- the loop itself ------------------------------------------------------------------
+
+
+def test_connections_can_be_handed_over_instead_of_accepted(script: Scripted) -> None:
+    with Running(script.plugin(), None) as server:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(WAIT_S)
+        server.loop.post(lambda: server.loop.adopt(theirs))
+        server.kong.give_back(ours)
+        instance_id = server.kong.start({})
+        assert_serves(server, instance_id)
+
+
+def test_fault_in_the_connection_itself_is_500(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance_id = server.kong.start({})
+
+    def fail(self: Connection) -> bytes:
+        raise RuntimeError("MARKED")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "_decide", fail)
+        assert 500 == status_of(ask(server, instance_id, "Bearer good"))
+    assert_serves(server, instance_id)
+    assert "a connection failed: RuntimeError" in server.lines
+    assert "MARKED" not in server.lines
+
+
+def test_fault_while_a_fault_is_answered_costs_that_connection_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance_id = server.kong.start({})
+
+    def fail(self: Connection) -> bytes:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "_decide", fail)
+        patch.setattr(Connection, "fail", fail)
+        assert "closed" == ask(server, instance_id, "Bearer good").ended
+    assert_serves(server, instance_id)
+
+
+class Exhausted(socket.socket):
+    """A listener that has no descriptor to give, some times."""
+
+    failures = 3
+
+    def accept(self) -> Any:
+        if Exhausted.failures:
+            Exhausted.failures -= 1
+            raise OSError(errno.EMFILE, "too many open files")
+        return super().accept()
+
+
+def test_accepting_pauses_when_descriptors_run_out_and_goes_on(script: Scripted, tmp_path: Path) -> None:
+    server = Running(script.plugin(), None)
+    path = str(tmp_path / "s")
+    listener = Exhausted(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen()
+    server.loop.listen(listener)
+    server.kong.path = path
+    with server:
+        assert_serves(server, server.kong.start({}))
+
+    assert 0 == Exhausted.failures
+    assert "accept failed: OSError" in server.lines
+
+
+def test_wake_after_the_end_does_nothing(server: Running) -> None:
+    server.stop()
+
+    server.loop.post(lambda: None)
+
+
+def test_wakes_without_end_do_not_block(script: Scripted) -> None:
+    server = Running(script.plugin(), None)
+    for _ in range(100_000):
+        server.loop.wake()
+    with server:
+        pass
+
+
+@pytest.mark.parametrize("deadline_s", [0.0, -1.0, 60.0, 61.0])
+def test_deadline_that_kong_would_not_wait_for_is_refused(tmp_path: Path, deadline_s: float) -> None:
+    with pytest.raises(ValueError, match="read timeout"):
+        Running(Plugin(), None, deadline_s=deadline_s)
+
+
+# --- stopping -------------------------------------------------------------------------
+
+
+def test_stop_lets_running_events_end_and_refuses_new_connections(script: Scripted, server: Running) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        entered.set()
+        assert leave.wait(WAIT_S)
+        kong.service.request.set_header("authorization", "Bearer NEW")
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    idle = server.kong.connect()
+    results: list[Done] = []
+    thread = threading.Thread(target=lambda: results.append(ask(server, instance_id, "Bearer cold")))
+    thread.start()
+    assert entered.wait(WAIT_S)
+    server.loop.request_stop()
+
+    assert b"" == idle.recv(1)
+    idle.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(server.path)
+    assert server.thread.is_alive()
+    leave.set()
+    thread.join(WAIT_S)
+    server.thread.join(WAIT_S)
+
+    assert ("success", [NEW]) == (results[0].ended, results[0].calls[1:])
+    assert not server.thread.is_alive()
+
+
+def test_stop_does_not_wait_for_ever(script: Scripted, tmp_path: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        entered.set()
+        assert leave.wait(WAIT_S)
+
+    script.access["Bearer hang"] = run
+    with Running(script.plugin(), tmp_path, drain_s=0.05) as server:
+        instance_id = server.kong.start({})
+        results: list[Done] = []
+        thread = threading.Thread(target=lambda: results.append(ask(server, instance_id, "Bearer hang")))
+        thread.start()
+        assert entered.wait(WAIT_S)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < WAIT_S / 2
+        thread.join(WAIT_S)
+        leave.set()
+
+    assert "closed" == results[0].ended
+
+
+def test_event_that_came_just_before_the_stop_is_served(script: Scripted) -> None:
+    server = Running(script.plugin(), None)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(WAIT_S)
+    server.loop.adopt(theirs)
+    instance_id = server.loop._host.registry.start("test-plugin", b"{}").instance_id
+    side = KongSide([Step(HEADER, reply="Bearer good")])
+    ours.sendall(side.begin(instance_id))
+    server.loop.request_stop()
+    server.thread.start()
+    done = FakeKong("").converse(ours, side)
+    server.thread.join(WAIT_S)
+    ours.close()
+
+    assert "success" == done.ended
+
+
+# --- over time ------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind_after_many_events_of_every_kind(script: Scripted, server: Running) -> None:
+    def fail(kong: Kong) -> None:
+        raise ValueError
+
+    script.access["Bearer cold"] = lambda kong: kong.log.info("x")
+    script.access["Bearer fail"] = fail
+    instance_id = server.kong.start({})
+    chance = random.Random(5)
+    kinds = {"good": "success", "refused": "exit", "broken": "exit", "cold": "success", "fail": "exit"}
+    for _ in range(600):
+        kind = chance.choice([*kinds, "gone"])
+        if kind == "gone":
+            sock = server.kong.connect()
+            sock.sendall(KongSide().begin(instance_id)[: chance.randrange(1, 20)])
+            sock.close()
+        else:
+            assert kinds[kind] == ask(server, instance_id, f"Bearer {kind}").ended
+    server.kong.__exit__()
+    eventually(lambda: server.loop.stats().connections == 0)
+    stats = server.loop.stats()
+
+    assert (0, 0) == (stats.busy, stats.lost_threads)
+    assert stats.threads <= 2
+    eventually(lambda: not server.loop._lingering)
+    assert not [item for item in server.loop._deadlines if not item[1].ended]
+
+
+def test_prefetch_of_several_facts_over_the_socket(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def warm(facts: Facts) -> Outcome:
+        seen.append(list(facts))
+        return proceed()
+
+    prefetch = (
+        AUTHORIZATION,
+        Fetch("kong.nginx.get_var", "http_connection"),
+        Fetch("kong.request.get_raw_query"),
+    )
+    with Running(Plugin(prefetch=prefetch, warm=warm), tmp_path) as server:
+        instance_id = server.kong.start({})
+        done = server.kong.event(
+            instance_id,
+            Step(HEADER, "authorization", "Bearer x"),
+            Step("kong.nginx.get_var", "http_connection", "close"),
+            Step("kong.request.get_raw_query", reply="a=1"),
+        )
+
+    assert "success" == done.ended
+    assert [["Bearer x", "close", "a=1"]] == seen
+
+
+def test_frame_announced_and_never_sent_holds_nothing(server: Running) -> None:
+    sock = server.kong.connect()
+    sock.sendall(struct.pack("<I", 4_000_000) + b"x")
+    assert_serves(server, server.kong.start({}))
+    sock.close()
+    eventually(lambda: server.loop.stats().connections == 1)
