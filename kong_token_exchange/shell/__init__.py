@@ -1,0 +1,1 @@
+"""Thin shells over the network, the clock and the log: they decide nothing."""

@@ -1,0 +1,114 @@
+"""
+Audit events and operator messages as JSON lines.
+
+Kong merges a plugin server's output into its error log at level *info*, one line a message;
+a sidecar's goes to the container's log. Lines are bounded in length and in number per second,
+so that a flood of bad tokens does not fill a disk. Each kind of event has a bound of its own: a
+flood of one kind cannot push another out of the log. What was left out is counted in the next
+line of its kind.
+
+Source: docs/operations.md; docs/security.md RES-17, OUT-12.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+from kong_token_exchange.ports import AuditEvent, Clock
+
+# More than this a second says nothing new to a reader; the counters keep the exact number.
+MAX_EVENTS_PER_SECOND = 50
+# Each exchange is worth a line: it happened at the issuer, and at no other place here it is told.
+MAX_EXCHANGES_PER_SECOND = 1_000
+
+# Longest text in a line: an issuer fits, a token does not.
+_MAX_TEXT = 256
+
+_log = logging.getLogger("kong_token_exchange.audit")
+
+
+@dataclass(slots=True)
+class _Budget:
+    limit: int
+    second: int = 0
+    written: int = 0
+    left_out: int = 0
+
+
+class AuditLog:
+    """
+    Implements `ports.AuditSink` over `logging`.
+
+    Args:
+        clock: Tells the second that a line is counted in.
+        max_per_second: Most lines of one kind; exchanges have their own, higher bound.
+    """
+
+    def __init__(self, clock: Clock, *, max_per_second: int = MAX_EVENTS_PER_SECOND) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        limits = {"exchange": max(max_per_second, MAX_EXCHANGES_PER_SECOND)}
+        kinds = ("exchange", "forward", "refuse", "fault")
+        self._budgets = {kind: _Budget(limits.get(kind, max_per_second)) for kind in kinds}
+
+    def record(self, event: AuditEvent) -> None:
+        """Write one event as a JSON line, or count it as left out."""
+        now = self._clock.now()
+        left_out = self._spend("fault" if event.status >= 500 else event.outcome, int(now))
+        if left_out is None:
+            return
+        line: dict[str, object] = {
+            "event": "token_exchange",
+            "time": round(now, 3),
+            "outcome": event.outcome,
+            "reason": event.reason,
+            "status": event.status,
+        }
+        # A fact never takes the place of what the event itself says.
+        line.update({name: value for name, value in event.facts.items() if name not in line})
+        if left_out:
+            line["left_out"] = left_out
+        shown = {name: _bounded(value) for name, value in line.items() if value is not None}
+        # 5xx means an operator: an outage, an alarm, or a security event.
+        level = logging.WARNING if event.status >= 500 else logging.INFO
+        _log.log(level, "%s", json.dumps(shown, separators=(",", ":")))
+
+    def _spend(self, kind: str, second: int) -> int | None:
+        """Take one line from the budget; return how many were left out before it, None if it is spent."""
+        with self._lock:
+            budget = self._budgets[kind]
+            if second != budget.second:
+                budget.second, budget.written = second, 0
+            if budget.written >= budget.limit:
+                budget.left_out += 1
+                return None
+            budget.written += 1
+            left_out, budget.left_out = budget.left_out, 0
+            return left_out
+
+
+def _bounded(value: object) -> object:
+    return value[:_MAX_TEXT] if isinstance(value, str) else value
+
+
+class CountingMetrics:
+    """Implements `ports.Metrics` in memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def count(self, name: str, **labels: str) -> None:
+        """Add one to the counter of that name and those labels."""
+        key = name + "".join(f",{label}={value}" for label, value in labels.items())
+        with self._lock:
+            self._counts[key] += 1
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all counters."""
+        with self._lock:
+            return dict(self._counts)
