@@ -1,0 +1,512 @@
+"""
+The access pipeline, in its one true order.
+
+Signature, then claims, then decision, then exchange, then the proof of the result. The same
+code runs twice for a cold request: first on the event loop with memory alone (`deadline` None,
+left by `NotInMemoryError`), then in a pool thread that may wait. Nothing is skipped in either.
+
+Source: docs/architecture.md; RFC 8693; RFC 8725.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kong_token_exchange.config import PluginConfig
+from kong_token_exchange.core.cache_key import digest_fields
+from kong_token_exchange.core.claims import (
+    Claims,
+    check_audience,
+    check_bearer,
+    check_client,
+    check_issuer,
+    check_required_claims,
+    check_scopes_required,
+    check_timestamps,
+    check_type,
+    meets_audience_required,
+    parse_claims,
+)
+from kong_token_exchange.core.decision import Exchange, Forward, Relation, decide, trusted_issuer
+from kong_token_exchange.core.jwk import Jwk, select_verification_key
+from kong_token_exchange.core.jws import Jws, check_algorithm, parse_compact, verify_signature
+from kong_token_exchange.core.lifetime import reuse_deadline
+from kong_token_exchange.core.narrowing import check_same_subject, find_widening
+from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, SubjectTokenIssuer
+from kong_token_exchange.errors import (
+    AccessDeniedError,
+    DeadlineError,
+    ExchangedTokenError,
+    Fact,
+    InsufficientScopeError,
+    InvalidTokenError,
+    IssuerUnavailableError,
+    KeySelectionError,
+    TokenExchangeError,
+)
+from kong_token_exchange.ports import (
+    AuditEvent,
+    AuditSink,
+    Clock,
+    ExchangedToken,
+    HttpSender,
+    IssuerEndpoints,
+    KeySource,
+    Metrics,
+    NotInMemoryError,
+    TokenCache,
+    VerifiedToken,
+)
+from kong_token_exchange.protocol.client_auth import (
+    ClientAuthentication,
+    client_secret_basic,
+    client_secret_post,
+    public_client,
+)
+from kong_token_exchange.protocol.exchange import (
+    MAX_RESPONSE_BYTES,
+    ExchangeResponse,
+    build_exchange_request,
+    process_exchange_response,
+)
+
+# Kept free before a cached token's end, seconds: the time a request takes to reach the upstream
+# and be judged there by a clock of its own.
+REUSE_MARGIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowResult:
+    """
+    What goes upstream.
+
+    `exchanged` is None when the validated subject token itself is forwarded. `cache` is "miss"
+    for the one request that made the exchange, "hit" for all that share its result. `notes` say
+    what policy let pass and an auditor should know.
+    """
+
+    decision: Literal["exchange", "forward"]
+    relation: Relation
+    cache: Literal["hit", "miss", "none"]
+    subject: Claims
+    exchanged: ExchangedToken | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """One exchange to be made, and what is noted about its result."""
+
+    token: str = field(repr=False)
+    subject: Claims
+    relation: Relation
+    subject_token_type: str
+    token_endpoint: str
+    notes: list[str] = field(default_factory=list)
+
+
+class Flow:
+    """One plugin configuration's pipeline over shared ports."""
+
+    def __init__(
+        self,
+        config: PluginConfig,
+        *,
+        sender: HttpSender,
+        keys: KeySource,
+        cache: TokenCache,
+        clock: Clock,
+        audit: AuditSink,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._sender = sender
+        self._keys = keys
+        self._cache = cache
+        self._clock = clock
+        self._audit = audit
+        self._metrics = metrics
+        self._authenticate = _client_authentication(config)
+        self._target = IssuerEndpoints(
+            issuer=config.target.issuer,
+            discovery_url=config.target.discovery_url,
+            jwks_uri=config.target.jwks_uri,
+            token_endpoint=config.target.token_endpoint,
+        )
+        self._endpoints = {entry.issuer: _endpoints_of(entry) for entry in reversed(config.issuers)}
+        self._endpoints[config.target.issuer] = self._target
+
+    def run(self, token: str, *, deadline: float | None) -> FlowResult:
+        """
+        Take one subject token through the pipeline.
+
+        Args:
+            token: The credential, already of b64token form.
+            deadline: Monotonic instant by which everything ends; None to use memory alone.
+
+        Raises:
+            NotInMemoryError: *deadline* is None and the network would be needed.
+            TokenExchangeError: the request is refused; every refusal has been audited.
+        """
+        subject: Claims | None = None
+        now = self._clock.now()
+        token_key = digest_fields((self._config.identity, token))
+        try:
+            subject = self._verified_subject(token, token_key, now=now, deadline=deadline)
+            result = self._act(token, token_key, subject, now=now, deadline=deadline)
+        except TokenExchangeError as error:
+            self.record_refusal(error, subject=subject)
+            raise
+        self._record_result(result)
+        return result
+
+    def _act(
+        self, token: str, token_key: bytes, subject: Claims, *, now: float, deadline: float | None
+    ) -> FlowResult:
+        decision = decide(subject, issuers=self._config.issuers, target_issuer=self._config.target.issuer)
+        match decision:
+            case Forward():
+                self._check_forward(subject)
+                return FlowResult(
+                    decision="forward", relation="same_issuer", cache="none", subject=subject, exchanged=None
+                )
+            case Exchange():
+                return self._exchange(token, token_key, subject, decision, now=now, deadline=deadline)
+
+    # --- the subject token ------------------------------------------------------------
+
+    def _verified_subject(
+        self, token: str, token_key: bytes, *, now: float, deadline: float | None
+    ) -> Claims:
+        config = self._config
+        verified = self._cache.verified(token_key)
+        if verified is not None:
+            trust = self._trust(verified.claims.iss)
+            # The key that verified it must still be the issuer's.
+            if not self._still_trusted(verified, trust, deadline):
+                verified = None
+        if verified is None:
+            verified, trust = self._verify_subject(token, deadline)
+            self._cache.store_verified(token_key, verified)
+        claims = verified.claims
+        check_timestamps(claims, now=now, leeway=config.leeway, max_age=trust.max_age)
+        # An ID token only where the exchange declares one, and never of the target: it could be forwarded.
+        id_token = trust.subject_token_type == TOKEN_TYPE_ID_TOKEN and trust.issuer != config.target.issuer
+        check_type(claims, typ=verified.typ, accepted=trust.typ, id_token=id_token)
+        check_bearer(claims)
+        check_audience(claims, accepted=trust.audience)
+        check_required_claims(claims, required=trust.required_claims)
+        check_client(claims, allowed=trust.clients)
+        return claims
+
+    def _trust(self, iss: object) -> SubjectTokenIssuer:
+        return trusted_issuer(iss, issuers=self._config.issuers, target=self._config.target_rules)
+
+    def _still_trusted(
+        self, verified: VerifiedToken, trust: SubjectTokenIssuer, deadline: float | None
+    ) -> bool:
+        if verified.fingerprint is None:
+            return not trust.verify_signature
+        return self._keys.keys(self._endpoints[trust.issuer], deadline=deadline).holds(verified.fingerprint)
+
+    def _verify_subject(self, token: str, deadline: float | None) -> tuple[VerifiedToken, SubjectTokenIssuer]:
+        jws = parse_compact(token, max_bytes=self._config.max_token_size)
+        trust = self._trust(jws.payload.get("iss"))
+        check_algorithm(jws, algorithms=trust.algorithms)
+        key = None
+        if trust.verify_signature:
+            key = self._select_key(jws, self._endpoints[trust.issuer], deadline)
+            verify_signature(jws, key, algorithms=trust.algorithms)
+        claims = self._parse_claims(jws)
+        check_issuer(claims, expected=trust.issuer)
+        fingerprint = key.fingerprint if key is not None else None
+        return VerifiedToken(claims=claims, typ=jws.typ, fingerprint=fingerprint), trust
+
+    def _select_key(self, jws: Jws, endpoints: IssuerEndpoints, deadline: float | None) -> Jwk:
+        jwks = self._keys.keys(endpoints, deadline=deadline)
+        try:
+            return select_verification_key(jwks, alg=jws.alg, kid=jws.kid)
+        except KeySelectionError as error:
+            if error.reason != "key_not_found":
+                raise
+            newer = self._keys.newer_keys(endpoints, deadline=deadline)
+            if newer is None:
+                raise
+        return select_verification_key(newer, alg=jws.alg, kid=jws.kid)
+
+    def _parse_claims(self, jws: Jws) -> Claims:
+        config = self._config
+        return parse_claims(
+            jws.payload, audience_claim=config.audience_claim, scopes_claim=config.scopes_claim
+        )
+
+    def _check_forward(self, subject: Claims) -> None:
+        config = self._config
+        if not meets_audience_required(subject, alternatives=config.audience_required):
+            raise AccessDeniedError(reason="audience_required")
+        check_scopes_required(subject, alternatives=config.scopes_required)
+
+    # --- the exchange -----------------------------------------------------------------
+
+    def _exchange(
+        self,
+        token: str,
+        token_key: bytes,
+        subject: Claims,
+        asked: Exchange,
+        *,
+        now: float,
+        deadline: float | None,
+    ) -> FlowResult:
+        order = _Order(
+            token=token,
+            subject=subject,
+            relation=asked.relation,
+            subject_token_type=asked.entry.subject_token_type,
+            token_endpoint=self._keys.token_endpoint(self._target, deadline=deadline),
+        )
+        # The plugin configuration's identity stands for client, audience, scopes and all other
+        # settings; the endpoint may also come from discovery, so it is named beside it.
+        key = digest_fields((token_key.hex(), order.token_endpoint, order.subject_token_type))
+        exchanged = self._cached(key, now=now, deadline=deadline) if self._config.cache.enabled else None
+        own = False
+        if exchanged is None:
+            if deadline is None:
+                raise NotInMemoryError
+            until = deadline
+
+            def exchange() -> ExchangedToken:
+                nonlocal own
+                own = True
+                return self._exchange_now(order, deadline=until)
+
+            exchanged = self._cache.exchange_once(
+                key, exchange, deadline=deadline, store=self._config.cache.enabled
+            )
+        return FlowResult(
+            decision="exchange",
+            relation=order.relation,
+            cache="miss" if own else "hit",
+            subject=subject,
+            exchanged=exchanged,
+            notes=tuple(order.notes),
+        )
+
+    def _cached(self, key: bytes, *, now: float, deadline: float | None) -> ExchangedToken | None:
+        cached = self._cache.exchanged(key, now=now, monotonic=self._clock.monotonic())
+        if cached is None or cached.fingerprint is None:
+            return cached
+        try:
+            if self._keys.keys(self._target, deadline=deadline).holds(cached.fingerprint):
+                return cached
+        except (IssuerUnavailableError, DeadlineError):
+            # Nothing says that the key is gone; the entry's own end bounds what that can cost.
+            return cached
+        # The issuer took the key out: no upstream would accept this token any more.
+        self._cache.forget_exchanged(key)
+        return None
+
+    def _exchange_now(self, order: _Order, *, deadline: float) -> ExchangedToken:
+        config = self._config
+        request = build_exchange_request(
+            order.token_endpoint,
+            parameters=config.request,
+            subject_token=order.token,
+            subject_token_type=order.subject_token_type,
+        )
+        # `expires_in` counts from an instant between here and the answer: the earliest is safe.
+        sent_at, sent_at_monotonic = self._clock.now(), self._clock.monotonic()
+        answer = self._sender.send(
+            self._authenticate(request), deadline=deadline, max_body=MAX_RESPONSE_BYTES
+        )
+        response = process_exchange_response(
+            answer,
+            grant_type=config.request.grant_type,
+            subject_token=order.token,
+            max_token_size=config.max_token_size,
+        )
+        claims, fingerprint = self._prove_result(order, response, deadline=deadline)
+        reuse_until = reuse_deadline(
+            now=sent_at,
+            expires_in=response.expires_in,
+            result_exp=claims.exp if claims else None,
+            subject_exp=order.subject.exp,
+            ttl=config.cache.ttl,
+            max_lifetime=config.result.max_lifetime,
+            margin=REUSE_MARGIN_S,
+        )
+        return ExchangedToken(
+            token=response.access_token,
+            claims=claims,
+            reuse_until=reuse_until,
+            reuse_until_monotonic=sent_at_monotonic + (reuse_until - sent_at if reuse_until else 0.0),
+            fingerprint=fingerprint,
+        )
+
+    # --- the result -------------------------------------------------------------------
+
+    def _prove_result(
+        self, order: _Order, response: ExchangeResponse, *, deadline: float
+    ) -> tuple[Claims | None, bytes | None]:
+        """Require that the result is what policy lets out; note on *order* what it lets pass."""
+        config = self._config
+        now = self._clock.now()
+        claims, fingerprint = None, None
+        scopes = response.scopes
+        if config.result.validation == "none":
+            if scopes is None and config.request.scopes:
+                # Left out means: as requested (RFC 6749 section 5.1).
+                scopes = frozenset(config.request.scopes)
+            self._check_unread(scopes)
+        else:
+            claims, fingerprint = self._read_result(response, now=now, deadline=deadline)
+            proven = check_same_subject(
+                config.result, relation=order.relation, subject=order.subject, result=claims
+            )
+            if not proven:
+                order.notes.append("subject_unproven")
+            if not meets_audience_required(claims, alternatives=config.audience_required):
+                raise ExchangedTokenError(reason="result_audience")
+            check_scopes_required(claims, alternatives=config.scopes_required)
+        self._check_narrowing(order, response, claims, scopes, now=now)
+        for note in order.notes:
+            self._metrics.count("result_notes", note=note)
+        return claims, fingerprint
+
+    def _check_unread(self, scopes: frozenset[str] | None) -> None:
+        """Judge by the answer alone what is asked of a result that only its resource can read."""
+        config = self._config
+        if config.audience_required:
+            raise ExchangedTokenError(reason="result_audience_unproven")
+        if not config.scopes_required:
+            return
+        if scopes is None:
+            raise ExchangedTokenError(reason="result_scope_unproven")
+        if not any(wanted <= scopes for wanted in config.scopes_required):
+            raise InsufficientScopeError(
+                reason="scopes_required", scope=" ".join(sorted(config.scopes_required[0]))
+            )
+
+    def _check_narrowing(
+        self,
+        order: _Order,
+        response: ExchangeResponse,
+        claims: Claims | None,
+        scopes: frozenset[str] | None,
+        *,
+        now: float,
+    ) -> None:
+        config = self._config
+        if config.result.narrowing == "off":
+            return
+        downscoping = config.flow is not None and config.flow.kind == "downscoping"
+        found = find_widening(
+            config.result,
+            subject=order.subject,
+            result=claims,
+            answered_scopes=scopes,
+            # Within one issuer the difference is noted even where nothing forbids it.
+            downscoping=downscoping or order.relation == "same_issuer",
+            now=now,
+            leeway=config.leeway,
+        )
+        if claims is None:
+            found += self._find_unread_widening(scopes, response.expires_in, downscoping=downscoping)
+        order.notes.extend(found)
+        forbidden = [word for word in found if downscoping or word != "scope_beyond_subject"]
+        if forbidden and config.result.narrowing == "enforce":
+            raise ExchangedTokenError(
+                reason="result_wider_than_policy", facts={"widening": ",".join(forbidden)}
+            )
+
+    def _find_unread_widening(
+        self, scopes: frozenset[str] | None, expires_in: int | None, *, downscoping: bool
+    ) -> tuple[str, ...]:
+        """List the limits that an unread result breaks by its `expires_in`, or cannot be shown to keep."""
+        config, policy = self._config, self._config.result
+        found = []
+        if scopes is None and (downscoping or policy.allowed_scopes is not None):
+            found.append("scope_unproven")
+        if policy.max_lifetime is not None and expires_in is None:
+            found.append("lifetime_unproven")
+        elif policy.max_lifetime is not None and (expires_in or 0) > policy.max_lifetime + config.leeway:
+            found.append("lifetime_not_allowed")
+        return tuple(found)
+
+    def _read_result(
+        self, response: ExchangeResponse, *, now: float, deadline: float
+    ) -> tuple[Claims, bytes | None]:
+        """Verify the exchanged token as strictly as a subject token of the target issuer."""
+        config, rules = self._config, self._config.target_rules
+        fingerprint = None
+        try:
+            jws = parse_compact(response.access_token.reveal(), max_bytes=config.max_token_size)
+            if config.result.validation == "full":
+                check_algorithm(jws, algorithms=rules.algorithms)
+                key = self._select_key(jws, self._target, deadline)
+                verify_signature(jws, key, algorithms=rules.algorithms)
+                fingerprint = key.fingerprint
+            claims = self._parse_claims(jws)
+            check_issuer(claims, expected=config.target.issuer)
+            check_timestamps(claims, now=now, leeway=config.leeway)
+            check_type(claims, typ=jws.typ, accepted=())
+            check_bearer(claims)
+        except InvalidTokenError as error:
+            # The caller's token was good; what came out of the exchange is not.
+            raise ExchangedTokenError(reason="result_" + error.reason, facts=error.facts) from None
+        return claims, fingerprint
+
+    # --- what is told -----------------------------------------------------------------
+
+    def record_refusal(self, error: TokenExchangeError, *, subject: Claims | None = None) -> None:
+        """Audit and count one refusal; *subject* once its token is proven."""
+        self._metrics.count("requests", outcome="refuse", reason=error.reason)
+        facts = {**self._subject_facts(subject), **error.facts}
+        self._audit.record(
+            AuditEvent(outcome="refuse", reason=error.reason, status=error.status, facts=self._facts(facts))
+        )
+
+    def _record_result(self, result: FlowResult) -> None:
+        self._metrics.count("requests", outcome=result.decision, reason=result.relation, cache=result.cache)
+        if result.cache == "hit":
+            # The exchange that filled the cache was recorded; a hit is counted only.
+            return
+        facts = {"relation": result.relation, **self._subject_facts(result.subject)}
+        if result.exchanged is not None and result.exchanged.claims is not None:
+            facts["aud"] = " ".join(result.exchanged.claims.aud)[:200]
+            facts["scope"] = " ".join(sorted(result.exchanged.claims.scopes))[:200]
+        if result.notes:
+            facts["notes"] = ",".join(result.notes)
+        self._audit.record(
+            AuditEvent(outcome=result.decision, reason=result.relation, status=200, facts=self._facts(facts))
+        )
+
+    def _subject_facts(self, subject: Claims | None) -> dict[str, Fact]:
+        """Name issuer, client and subject, the last by a digest that only this configuration makes."""
+        if subject is None:
+            return {}
+        material = digest_fields((subject.iss, subject.sub))
+        pseudonym = hmac.new(self._config.identity.encode("ascii"), material, hashlib.sha256).hexdigest()
+        return {"iss": subject.iss, "client": subject.client, "subject": pseudonym[:16]}
+
+    def _facts(self, facts: Mapping[str, Fact]) -> dict[str, Fact]:
+        flow = self._config.flow
+        names = {"flow": flow.name, "kind": flow.kind, "owner": flow.owner} if flow else {}
+        return {**names, **facts}
+
+
+def _client_authentication(config: PluginConfig) -> ClientAuthentication:
+    client = config.client
+    if client.method == "none" or client.client_secret is None:
+        return public_client(client.client_id)
+    if client.method == "client_secret_post":
+        return client_secret_post(client.client_id, client.client_secret)
+    return client_secret_basic(client.client_id, client.client_secret)
+
+
+def _endpoints_of(entry: SubjectTokenIssuer) -> IssuerEndpoints:
+    return IssuerEndpoints(issuer=entry.issuer, discovery_url=entry.discovery_url, jwks_uri=entry.jwks_uri)
