@@ -1,0 +1,187 @@
+"""
+The command `kong-token-exchange`.
+
+    serve      run the plugin server on a unix socket
+    describe   print what Kong's query command reads
+    schema     print, write or check the files generated from the schema
+    demo       start a gateway, issuers and an upstream on loopback and show each decision
+
+Source: docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kong_token_exchange import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kong-token-exchange", description="OAuth token exchange at Kong Gateway."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_describe(commands)
+    _add_schema(commands)
+    _add_demo(commands)
+    return parser
+
+
+# --- serve ----------------------------------------------------------------------------
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser("serve", help="run the plugin server on a unix socket")
+    serve.add_argument("--socket", required=True, metavar="PATH", help="socket that Kong connects to")
+    serve.add_argument(
+        "--socket-mode",
+        type=lambda text: int(text, 8),
+        default=0o600,
+        metavar="OCTAL",
+        help="permissions of the socket (default: 600); Kong's worker user must be able to connect",
+    )
+    serve.add_argument("--threads", type=int, default=64, help="threads for exchanges (default: 64)")
+    serve.add_argument("--ca-file", metavar="PATH", help="trusted certificates for issuers, PEM")
+    serve.add_argument(
+        "--resolve",
+        action="append",
+        default=[],
+        type=_resolve_rule,
+        metavar="HOST:PORT=ADDRESS:PORT",
+        help="reach HOST:PORT at another address, for trying and testing; may be repeated",
+    )
+    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.set_defaults(run=_run_serve)
+
+
+def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
+    name, _, address = text.partition("=")
+    host, _, port = address.rpartition(":")
+    if not name or not host or not port.isdigit():
+        raise argparse.ArgumentTypeError("expected HOST:PORT=ADDRESS:PORT")
+    return name, (host.strip("[]"), int(port))
+
+
+def _run_serve(options: argparse.Namespace) -> int:
+    # Imported here: the query command must answer without loading HTTP and cryptography.
+    from kong_token_exchange.pluginserver.server import serve  # noqa: PLC0415 - see above
+    from kong_token_exchange.wiring import Shells  # noqa: PLC0415 - see above
+
+    # Kong merges both streams into its error log, line by line.
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=options.log_level.upper(),
+        format="[token-exchange] %(levelname)s %(name)s: %(message)s",
+    )
+    # urllib3 logs request lines at debug; they hold no token, but nothing of ours depends on them.
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
+    try:
+        serve(
+            shells.make_plugin(),
+            socket_path=options.socket,
+            socket_mode=options.socket_mode,
+            threads=options.threads,
+        )
+    except (OSError, ValueError) as exc:
+        # A path that cannot be bound, a number that makes no sense: a line, not a traceback.
+        print(f"kong-token-exchange serve: {options.socket}: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- describe and schema --------------------------------------------------------------
+
+
+def _add_describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    describe = commands.add_parser("describe", help="print what Kong's query command reads")
+    describe.add_argument(
+        "--output", type=Path, metavar="PATH", help="write a file for `query_cmd = cat PATH`"
+    )
+    describe.set_defaults(run=_run_describe)
+
+
+def _run_describe(options: argparse.Namespace) -> int:
+    from kong_token_exchange.pluginserver.describe import describe_json  # noqa: PLC0415 - a command loads what it needs
+    from kong_token_exchange.wiring import Shells  # noqa: PLC0415 - see above
+
+    text = describe_json(Shells().make_plugin())
+    if options.output is None:
+        print(text)
+    else:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _add_schema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schema = commands.add_parser("schema", help="print, write or check the files generated from the schema")
+    action = schema.add_mutually_exclusive_group()
+    action.add_argument(
+        "--write", action="store_true", help="write schema.json and docs/configuration.md here"
+    )
+    action.add_argument("--check", action="store_true", help="fail unless both are in step")
+    schema.set_defaults(run=_run_schema)
+
+
+def _run_schema(options: argparse.Namespace) -> int:
+    from kong_token_exchange import schema  # noqa: PLC0415 - a command loads what it needs
+
+    schema_path, page_path = Path("schema.json"), Path("docs/configuration.md")
+    if options.write:
+        schema.write_files(schema_path, page_path)
+        return 0
+    if not options.check:
+        print(schema.json_schema_text(), end="")
+        return 0
+    page = page_path.read_text(encoding="utf-8")
+    stale = [
+        path
+        for path, in_step in (
+            (schema_path, schema_path.read_text(encoding="utf-8") == schema.json_schema_text()),
+            (page_path, schema.insert_reference(page) == page),
+        )
+        if not in_step
+    ]
+    for path in stale:
+        print(
+            f"{path} is not in step with kong_token_exchange/schema.py; run: kong-token-exchange schema --write"
+        )
+    return 1 if stale else 0
+
+
+# --- demo -----------------------------------------------------------------------------
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser("demo", help="show each decision end to end on loopback")
+    demo.add_argument(
+        "--config", type=Path, default=Path("kong.yml"), metavar="PATH", help="Kong's configuration"
+    )
+    demo.add_argument("--idp", choices=["sandbox", "keycloak"], default="sandbox", help="identity provider")
+    demo.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    try:
+        from kong_token_exchange.sandbox.demo import run_demo  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as exc:
+        if exc.name != "yaml":
+            raise
+        print("the demo needs the extra: pip install 'kong-token-exchange[sandbox]'", file=sys.stderr)
+        return 2
+    return run_demo(config=options.config, identity_provider=options.idp, json_path=options.json)

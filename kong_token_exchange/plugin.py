@@ -1,0 +1,378 @@
+"""
+The Kong plugin: reads the request through the PDK, runs the flow, answers.
+
+One instance serves one plugin configuration. `warm` answers from memory on the plugin
+server's loop; what needs the network comes back through `access` in a pool thread. Both end
+in an `Answer`, which is encoded once and, for a cached token, kept with it.
+
+Source: docs/architecture.md; Kong openid-connect (priority, phase and protocols).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from kong_token_exchange import __version__
+from kong_token_exchange.config import PluginConfig, load_config
+from kong_token_exchange.errors import (
+    ConfigError,
+    ConfigurationInvalidError,
+    MalformedRequestError,
+    RejectionError,
+    TokenExchangeError,
+)
+from kong_token_exchange.flow import Flow, FlowResult
+from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
+from kong_token_exchange.ports import Clock, NotInMemoryError
+from kong_token_exchange.protocol.bearer import (
+    ErrorAnswer,
+    parse_authorization,
+    parse_token,
+    render,
+    select_credential,
+)
+from kong_token_exchange.protocol.credentials import Removal, cookie_token, query_token
+from kong_token_exchange.schema import NAME, plugin_schema
+
+# Where openid-connect stands: after the plugins that shape the request, before rate limiting and ACLs.
+PRIORITY = 1050
+
+# An operator reads of a fault once a minute, not once a request.
+ALARM_INTERVAL_S = 60.0
+
+_log = logging.getLogger("kong_token_exchange.plugin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """How one request ends: it goes on with these changes, or it is refused."""
+
+    set_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    clear_headers: tuple[str, ...] = ()
+    raw_query: str | None = field(default=None, repr=False)
+    shared: Mapping[str, str] = field(default_factory=dict, repr=False)
+    refusal: ErrorAnswer | None = None
+    alarm: str | None = None
+
+    def encode(self) -> Outcome:
+        """Encode the answer for our own plugin server."""
+        if self.refusal is not None and self.alarm is not None:
+            refusal = self.refusal
+            return exit_with(refusal.status, refusal.body, refusal.headers, Calls().log("err", self.alarm))
+        if self.refusal is not None:
+            return _encode_refusal(self.refusal)
+        calls = Calls()
+        for name in self.clear_headers:
+            calls.clear_header(name)
+        for name, value in self.set_headers:
+            calls.set_header(name, value)
+        if self.raw_query is not None:
+            calls.set_raw_query(self.raw_query)
+        if self.shared:
+            calls.ctx_shared_set("token_exchange", self.shared)
+        return proceed(calls)
+
+    def apply(self, kong: Any) -> None:
+        """Give the answer through a PDK object, ours or kong-pdk's; nothing runs after an exit."""
+        if self.refusal is not None:
+            if self.alarm is not None:
+                kong.log.err(self.alarm)
+            kong.response.exit(
+                self.refusal.status, self.refusal.body.decode("ascii"), dict(self.refusal.headers)
+            )
+            return
+        for name in self.clear_headers:
+            kong.service.request.clear_header(name)
+        for name, value in self.set_headers:
+            kong.service.request.set_header(name, value)
+        if self.raw_query is not None:
+            kong.service.request.set_raw_query(self.raw_query)
+        if self.shared:
+            kong.ctx.shared.set("token_exchange", dict(self.shared))
+
+
+class Alarms:
+    """
+    What an operator must see, in Kong's own error log: each reason once in a while.
+
+    Kong takes the plugin server's output at level *info*, which its default log level hides; a
+    line written through `kong.log.err` is not hidden.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._silent_until: dict[str, float] = {}
+
+    def text(self, error: TokenExchangeError) -> str | None:
+        """Return the line for this error, or None when it is the caller's fault or was said a moment ago."""
+        if isinstance(error, RejectionError):
+            return None
+        now = self._clock.monotonic()
+        if now < self._silent_until.get(error.reason, float("-inf")):
+            return None
+        # Reasons are constants of the code, so this stays small.
+        self._silent_until[error.reason] = now + ALARM_INTERVAL_S
+        facts = " ".join(f"{name}={value}" for name, value in error.facts.items())
+        return f"token-exchange: {error.status} {error.reason} {facts}".rstrip()[:1024]
+
+
+# Refusals are few constants, rendered once each (protocol.bearer); so are their encodings.
+_refusals: dict[int, tuple[ErrorAnswer, Outcome]] = {}
+
+
+def _encode_refusal(answer: ErrorAnswer) -> Outcome:
+    known = _refusals.get(id(answer))
+    if known is not None and known[0] is answer:
+        return known[1]
+    outcome = exit_with(answer.status, answer.body, answer.headers)
+    if len(_refusals) < 1024:
+        _refusals[id(answer)] = (answer, outcome)
+    return outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Credential:
+    """The subject token and how its place is emptied."""
+
+    token: str = field(repr=False)
+    removal: Removal = field(default_factory=Removal, repr=False)
+
+
+class TokenExchangeInstance:
+    """One configuration at work; implements `pluginserver.contract.PluginInstance`."""
+
+    def __init__(self, config: PluginConfig, flow: Flow, clock: Clock) -> None:
+        self._config = config
+        self._flow = flow
+        self._clock = clock
+        self._alarms = Alarms(clock)
+        # The headers a client must not have stripped: Kong removes what `Connection` lists after
+        # the plugins have run (GW-20).
+        self._protected = frozenset({"authorization", config.upstream_header.name.lower()})
+        self._readers: list[tuple[Fetch, str]] = [
+            (Fetch("kong.nginx.get_var", "http_connection"), "connection")
+        ]
+        source = config.credential
+        if source.header:
+            self._readers.append(
+                (Fetch("kong.request.get_header", source.header_name or "authorization"), "header")
+            )
+        if source.query:
+            self._readers.append((Fetch("kong.request.get_raw_query"), "query"))
+        if source.cookie_name is not None:
+            self._readers.append((Fetch("kong.nginx.get_var", "http_cookie"), "cookie"))
+        if not config.run_on_preflight:
+            self._readers.append((Fetch("kong.request.get_method"), "method"))
+        self._kinds = tuple(kind for _, kind in self._readers)
+
+    @property
+    def prefetch(self) -> Sequence[Fetch]:
+        """The facts that every request needs."""
+        return tuple(fetch for fetch, _ in self._readers)
+
+    def warm(self, facts: Facts) -> Outcome | None:
+        """Answer from memory, or None where the network is needed."""
+        try:
+            decided = self._decide(dict(zip(self._kinds, facts, strict=True)), deadline=None)
+        except NotInMemoryError:
+            return None
+        if isinstance(decided, Answer):
+            return decided.encode()
+        return self._encode_result(*decided)
+
+    def access(self, kong: Any) -> None:
+        """Answer with whatever it takes, within the configured deadline."""
+        deadline = self._clock.monotonic() + self._config.deadline_ms / 1000
+        facts = {kind: _fetch(kong, fetch) for fetch, kind in self._readers}
+        decided = self._decide(facts, deadline=deadline)
+        answer = decided if isinstance(decided, Answer) else self._go_on(*decided)
+        answer.apply(kong)
+
+    def close(self) -> None:
+        """Nothing of its own to let go of: caches and connections are shared."""
+
+    # --- deciding ---------------------------------------------------------------------
+
+    def _encode_result(self, credential: _Credential, result: FlowResult) -> Outcome:
+        exchanged = result.exchanged
+        if exchanged is None or credential.removal != Removal():
+            return self._go_on(credential, result).encode()
+        # What leaves for a cached token is the same each time: encoded at its first hit.
+        if exchanged.rendered is None:
+            exchanged.rendered = self._go_on(credential, result).encode()
+        return cast("Outcome", exchanged.rendered)
+
+    def _decide(
+        self, facts: Mapping[str, str], *, deadline: float | None
+    ) -> Answer | tuple[_Credential, FlowResult]:
+        if facts.get("method") == "OPTIONS":
+            return self._preflight(facts)
+        try:
+            credential = self._credential(facts)
+        except TokenExchangeError as error:
+            self._flow.record_refusal(error)
+            return Answer(refusal=render(error))
+        try:
+            result = self._flow.run(credential.token, deadline=deadline)
+        except TokenExchangeError as error:
+            return Answer(refusal=render(error), alarm=self._alarms.text(error))
+        return credential, result
+
+    def _credential(self, facts: Mapping[str, str]) -> _Credential:
+        limit = self._config.max_token_size
+        listed = {name.strip().lower() for name in facts["connection"].split(",")}
+        if not self._protected.isdisjoint(listed):
+            raise MalformedRequestError(reason="connection_names_credential")
+        header = query = cookie = None
+        removal = Removal()
+        if "header" in facts:
+            parse = parse_token if self._config.credential.header_name else parse_authorization
+            header = parse(facts["header"], max_length=limit)
+        if "query" in facts:
+            query, removal = query_token(facts["query"], max_length=limit)
+        if "cookie" in facts:
+            cookie, cookie_removal = cookie_token(
+                facts["cookie"], name=self._config.credential.cookie_name or "", max_length=limit
+            )
+            removal = removal if query is not None else cookie_removal
+        return _Credential(token=select_credential((header, query, cookie)), removal=removal)
+
+    def _preflight(self, facts: Mapping[str, str]) -> Answer:
+        """Let a preflight pass without any credential (`run_on_preflight: false`)."""
+        removals = [self._config.credential.header_name or "authorization", self._config.upstream_header.name]
+        query = cookie = Removal()
+        if "query" in facts:
+            query = query_token(facts["query"], max_length=len(facts["query"]), strict=False)[1]
+        if "cookie" in facts:
+            cookie = cookie_token(
+                facts["cookie"],
+                name=self._config.credential.cookie_name or "",
+                max_length=len(facts["cookie"]),
+                strict=False,
+            )[1]
+        return Answer(
+            clear_headers=_clear(*removals, *(("cookie",) if cookie.cookie == "" else ())),
+            set_headers=(("cookie", cookie.cookie),) if cookie.cookie else (),
+            raw_query=query.raw_query,
+        )
+
+    def _go_on(self, credential: _Credential, result: FlowResult) -> Answer:
+        config = self._config
+        exchanged = result.exchanged
+        token = exchanged.token.reveal() if exchanged is not None else credential.token
+        name = config.upstream_header.name
+        value = f"Bearer {token}" if config.upstream_header.scheme else token
+        # The caller's own token stays only where it is forwarded and the operator said so.
+        hide = exchanged is not None or config.hide_credentials
+        removal = credential.removal if hide else Removal()
+        emptied = [config.credential.header_name or "authorization"] if hide else []
+        if removal.cookie == "":
+            emptied.append("cookie")
+        headers = ((name, value), ("cookie", removal.cookie)) if removal.cookie else ((name, value),)
+        return Answer(
+            set_headers=headers,
+            clear_headers=tuple(other for other in _clear(*emptied, name) if other != name.lower()),
+            raw_query=removal.raw_query,
+            shared=_shared_facts(result),
+        )
+
+
+def _clear(*names: str) -> tuple[str, ...]:
+    """Return the names to clear, with the underscore spelling that CGI-style upstreams take for the same."""
+    spelled = {name.lower(): None for name in names}
+    spelled.update({name.replace("-", "_"): None for name in list(spelled) if "-" in name})
+    return tuple(spelled)
+
+
+def _shared_facts(result: FlowResult) -> dict[str, str]:
+    facts = {
+        "decision": result.decision,
+        "relation": result.relation,
+        "subject_issuer": result.subject.iss,
+        "subject": result.subject.sub,
+    }
+    if result.subject.client is not None:
+        facts["client"] = result.subject.client
+    return facts
+
+
+def _fetch(kong: Any, fetch: Fetch) -> str:
+    """Call a getter by name; kong-pdk answers (data, err) in its Lua style and None for an absent text."""
+    target = kong
+    for part in fetch.method.split(".")[1:]:
+        target = getattr(target, part)
+    value = target(fetch.argument) if fetch.argument else target()
+    if isinstance(value, tuple):
+        value = value[0]
+    return "" if value is None else str(value)
+
+
+# --- an invalid configuration ---------------------------------------------------------
+
+
+class MisconfiguredInstance:
+    """
+    Stands for a configuration that does not load: the constant 500 to every event.
+
+    Kong's Admin API has already answered 201 by the time an instance starts, and the protocol
+    has no error reply, so the path of the mistake goes to the log, once a minute.
+    """
+
+    prefetch: Sequence[Fetch] = ()
+
+    def __init__(self, error: ConfigError, clock: Clock) -> None:
+        self._error = ConfigurationInvalidError(
+            reason="config_invalid", facts={"path": error.path, "mistake": error.message}
+        )
+        self._alarms = Alarms(clock)
+        _log.error("configuration invalid, every request is refused: %s", error)
+
+    def warm(self, facts: Facts) -> Outcome:  # noqa: ARG002 - the contract hands facts to every instance
+        """Refuse."""
+        return self._answer().encode()
+
+    def access(self, kong: Any) -> None:
+        """Refuse."""
+        self._answer().apply(kong)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _answer(self) -> Answer:
+        return Answer(refusal=render(self._error), alarm=self._alarms.text(self._error))
+
+
+class TokenExchangePlugin:
+    """
+    What Kong is told about the plugin, and how an instance starts.
+
+    Args:
+        make_flow: Builds the flow of one configuration over the shared shells.
+        clock: Times deadlines and messages.
+    """
+
+    name = NAME
+    version = __version__
+    priority = PRIORITY
+    phases = ("access",)
+    schema: Mapping[str, Any] = plugin_schema()
+
+    def __init__(self, make_flow: Callable[[PluginConfig], Flow], clock: Clock) -> None:
+        self._make_flow = make_flow
+        self._clock = clock
+
+    def start(self, config: Mapping[str, Any]) -> TokenExchangeInstance | MisconfiguredInstance:
+        """Start an instance; one whose configuration is invalid refuses every request."""
+        try:
+            loaded = load_config(config)
+            flow = self._make_flow(loaded)
+        except ConfigError as error:
+            return MisconfiguredInstance(error, self._clock)
+        for warning in loaded.warnings:
+            _log.warning("%s", warning)
+        for finding in loaded.findings:
+            _log.info("finding: %s: %s", finding.path, finding.message)
+        return TokenExchangeInstance(loaded, flow, self._clock)

@@ -1,0 +1,84 @@
+"""
+The one place where shells are built and handed to the plugin.
+
+Called in the process that serves, after any fork: connections, threads and caches are never
+shared between processes (docs/adr/0002-own-plugin-server.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from kong_token_exchange.config import PluginConfig
+from kong_token_exchange.errors import ConfigError
+from kong_token_exchange.flow import Flow
+from kong_token_exchange.plugin import TokenExchangePlugin
+from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
+from kong_token_exchange.shell.clock import SystemClock
+from kong_token_exchange.shell.http_client import RequestsSender
+from kong_token_exchange.shell.key_source import IssuerKeySource
+from kong_token_exchange.shell.token_cache import MemoryTokenCache
+
+
+class Shells:
+    """
+    The shells of one process, shared by all plugin instances that have the same settings.
+
+    Args:
+        ca_file: Default for configurations without a `ca_file` of their own.
+        resolve: `host:port` to (address, port), for trying and testing.
+    """
+
+    def __init__(
+        self, *, ca_file: str | None = None, resolve: Mapping[str, tuple[str, int]] | None = None
+    ) -> None:
+        self.clock = SystemClock()
+        self.metrics = CountingMetrics()
+        self.audit = AuditLog(self.clock)
+        self.cache = MemoryTokenCache(self.clock, metrics=self.metrics)
+        self._ca_file = ca_file
+        self._resolve = dict(resolve or {})
+        self._lock = threading.Lock()
+        # Keyed by every setting that shapes a connection or a fetched document (EXC-30).
+        self._senders: dict[tuple[str | None, bool, int], RequestsSender] = {}
+        self._key_sources: dict[tuple[str | None, bool, int, bool], IssuerKeySource] = {}
+
+    def make_flow(self, config: PluginConfig) -> Flow:
+        """
+        Build the flow of one configuration.
+
+        Raises:
+            ConfigError: `ca_file` cannot be read.
+        """
+        ca_file = config.ca_file or self._ca_file
+        settings = (ca_file, config.ssl_verify, config.timeout_ms)
+        with self._lock:
+            try:
+                sender = self._senders.get(settings) or RequestsSender(
+                    ca_file=ca_file,
+                    verify=config.ssl_verify,
+                    read_timeout_s=config.timeout_ms / 1000,
+                    resolve=self._resolve,
+                )
+            except (OSError, ValueError):
+                raise ConfigError("ca_file", "cannot be read as PEM certificates") from None
+            self._senders[settings] = sender
+            source_key = (*settings, config.insecure_allow_http)
+            keys = self._key_sources.get(source_key) or IssuerKeySource(
+                sender, self.clock, allow_http=config.insecure_allow_http
+            )
+            self._key_sources[source_key] = keys
+        return Flow(
+            config,
+            sender=sender,
+            keys=keys,
+            cache=self.cache,
+            clock=self.clock,
+            audit=self.audit,
+            metrics=self.metrics,
+        )
+
+    def make_plugin(self) -> TokenExchangePlugin:
+        """Return the plugin over these shells."""
+        return TokenExchangePlugin(self.make_flow, self.clock)
