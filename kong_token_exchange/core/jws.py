@@ -150,7 +150,9 @@ def verify_signature(jws: Jws, key: Jwk, *, algorithms: Collection[str]) -> None
     except (PyJWTError, ValueError, TypeError):
         valid = False
     if not valid:
-        raise SignatureError(reason="jwt_signature", facts={"alg": jws.alg, "kid": jws.kid and jws.kid[:SHOWN_KID]})
+        raise SignatureError(
+            reason="jwt_signature", facts={"alg": jws.alg, "kid": jws.kid and jws.kid[:SHOWN_KID]}
+        )
 
 
 def _decode_object(segment: str, *, max_bytes: int, reason: str) -> dict[str, Json]:

@@ -11,8 +11,8 @@ One connection with Kong: bytes in, bytes and actions out, no I/O.
 Every event ends with a success or with `kong.response.exit`. Closing the
 socket instead means "this instance is unknown" to Kong, which then starts the
 instance again and repeats the event without bound or delay (pb_rpc.lua), so it
-happens for an unknown instance only, and for an instance start that is too long
-to be read, where Kong answers 500 and repeats nothing.
+happens for an unknown instance only, and for an instance start that cannot be
+carried out, where Kong answers 500 and repeats nothing.
 
 Source: docs/plugin-socket.md.
 """
@@ -71,7 +71,7 @@ class Trigger(StrEnum):
 
     COMMAND = "command"  # answered at once
     EVENT = "event"  # an event on a known instance
-    UNKNOWN = "unknown"  # an event on an unknown instance, an unreadable start
+    REFUSE = "refuse"  # an event on an unknown instance; a start that cannot be carried out
     OFFLOAD = "offload"  # `warm` said None
     SUCCEED = "succeed"
     EXIT = "exit"
@@ -86,7 +86,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = {
     _IDLE: {
         Trigger.COMMAND: _IDLE,
         Trigger.EVENT: _WAIT,
-        Trigger.UNKNOWN: _DEAD,
+        Trigger.REFUSE: _DEAD,
         Trigger.EXIT: _DRAIN,
         Trigger.GONE: _DEAD,
         Trigger.CLOSE: _DEAD,
@@ -367,13 +367,10 @@ class Connection:
         except RemoteProtocolError as error:
             return self._broken(error.reason)
         if not isinstance(call, wire.HandleEvent):
-            self._go(Trigger.COMMAND)
-            return wire.frame(host.answer(call))
+            return self._carry_out(call)
         instance = host.registry.find(call.instance_id)
         if instance is None:
-            self._go(Trigger.UNKNOWN)
-            self.actions.append(_CLOSE)
-            return b""
+            return self._refuse()
         sequence = wire.encode_return(call.sequence)
         if call.event_name != "access":
             host.log.note(f"event {call.event_name[:32]!r} is not one this server runs")
@@ -382,6 +379,22 @@ class Connection:
         if payload in (sequence + key, key + sequence):
             host.remember(key, instance)
         return self._begin(instance, sequence)
+
+    def _carry_out(self, call: wire.RpcCall) -> bytes:
+        try:
+            answer = self._host.answer(call)
+        except BaseException as error:  # noqa: BLE001 - a fault here must not reach other connections
+            self._host.log.raised("a command failed", error)
+            return self._refuse()
+        self._go(Trigger.COMMAND)
+        return wire.frame(answer)
+
+    def _refuse(self) -> bytes:
+        # What is no event is not repeated by Kong: it answers 500 to a close, and lets others
+        # try, while any reply that is none would be misread and leave its claim in place.
+        self._go(Trigger.REFUSE)
+        self.actions.append(_CLOSE)
+        return b""
 
     def _begin(self, instance: Instance, sequence: bytes) -> bytes:
         self.state = TRANSITIONS[_IDLE][_EVENT]
@@ -527,12 +540,9 @@ class Connection:
             self._skip -= 1
             return b""
         if self.state is _IDLE:
-            # No event is that long, so it was an instance start: Kong answers 500 to a
-            # close there and lets others try, while any reply would be misread.
+            # No event is that long, so it was an instance start.
             self._host.log.note("a command above the size limit was refused")
-            self._go(Trigger.UNKNOWN)
-            self.actions.append(_CLOSE)
-            return b""
+            return self._refuse()
         if self.state is _OFF:
             self.actions.append(_ABANDON)
         elif self.state is not _WAIT:

@@ -13,6 +13,7 @@ It takes a listening socket, or connections that another process accepted
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import socket
@@ -136,7 +137,9 @@ class Loop:
         self._wake_receive, self._wake_send = socket.socketpair()
         self._wake_receive.setblocking(False)
         self._wake_send.setblocking(False)
-        self._epoll.register(self._wake_receive, _READ)
+        # What else is read from: the wake-up, the listener, a supervisor's control socket.
+        self._watched: dict[int, Callable[[], None]] = {}
+        self.watch(self._wake_receive, self._on_wake)
         self._deadlines: deque[tuple[float, Access]] = deque()
         self._lingering: deque[tuple[float, Peer]] = deque()
         self._house_s = house_s
@@ -156,12 +159,9 @@ class Loop:
 
     def wake(self) -> None:
         """Make the loop look at its posts; safe in any thread and in a signal handler."""
-        try:
+        # Full: it is awake already. Closed: a lost thread posts after the end.
+        with contextlib.suppress(OSError):
             self._wake_send.send(b"\0")
-        except (BlockingIOError, InterruptedError):
-            pass  # Full: it is awake already.
-        except OSError:
-            pass  # Closed: a lost thread posts after the end.
 
     def wake_fd(self) -> int:
         """Return the descriptor for `signal.set_wakeup_fd`."""
@@ -192,7 +192,17 @@ class Loop:
         """Accept connections from *listener*, which is listening already; before `run`."""
         listener.setblocking(False)
         self._listener = listener
-        self._epoll.register(listener, _READ)
+        self.watch(listener, self._accept)
+
+    def watch(self, sock: socket.socket, readable: Callable[[], None]) -> None:
+        """Call *readable* on the loop's thread whenever *sock* can be read."""
+        self._watched[sock.fileno()] = readable
+        self._epoll.register(sock, _READ)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Undo `watch`."""
+        if self._watched.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock)
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve a connection that was accepted elsewhere; on the loop's thread, or as a post."""
@@ -214,7 +224,7 @@ class Loop:
                 # Out of descriptors or memory: the backlog waits, and so do we, since
                 # epoll would report it again at once.
                 self._log.raised("accept failed", error)
-                self._epoll.unregister(listener)
+                self.unwatch(listener)
                 self._accept_paused = True
                 return
             self.adopt(sock)
@@ -243,7 +253,9 @@ class Loop:
         for fd, event in self._epoll.poll(self._timeout()):
             peer = peers.get(fd)
             if peer is None:
-                self._on_other(fd)
+                # Without either it was closed earlier in this round.
+                if fd in self._watched:
+                    self._watched[fd]()
                 continue
             if event == _READ:
                 self._read(peer)
@@ -311,16 +323,10 @@ class Loop:
         if not peer.unsent:
             self._epoll.modify(peer.fd, _READ)
 
-    def _on_other(self, fd: int) -> None:
-        if fd == self._wake_receive.fileno():
-            try:
-                while len(self._wake_receive.recv(4096)) == 4096:
-                    pass
-            except BlockingIOError:
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(self._wake_receive.recv(4096)) == 4096:
                 pass
-        elif self._listener is not None and fd == self._listener.fileno():
-            self._accept()
-        # Else: closed earlier in this round.
 
     def _on_fault(self, peer: Peer, error: BaseException) -> None:
         self._log.raised("a connection failed", error)
@@ -390,11 +396,12 @@ class Loop:
 
     def _on_access(self, item: Called | Ended) -> None:
         access = item.access
+        peer, over = access.owner, access.over
         if isinstance(item, Ended):
             self._pool.ended(access)
-        if access.over:
+            access.forget()
+        if over:
             return
-        peer = access.owner
         assert isinstance(peer, Peer)  # `_offload` put it there
         try:
             if isinstance(item, Called):
@@ -450,7 +457,7 @@ class Loop:
         self._next_house = now + self._house_s
         if self._accept_paused and self._listener is not None:
             self._accept_paused = False
-            self._epoll.register(self._listener, _READ)
+            self.watch(self._listener, self._accept)
         for instance in self._host.expire():
             self._pool.run(instance.close)
 
@@ -475,11 +482,9 @@ class Loop:
 
     def _close_listener(self) -> None:
         if self._listener is not None:
-            if not self._accept_paused:
-                self._epoll.unregister(self._listener)
+            self.unwatch(self._listener)
             self._listener.close()
             self._listener = None
-            self._accept_paused = False
 
     def close(self) -> None:
         """Close every socket at once; `run` does so at its end."""

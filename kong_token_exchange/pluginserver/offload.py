@@ -129,6 +129,14 @@ class Access:
         self.over = True
         self._inbox.put(None)
 
+    def forget(self) -> None:
+        """Let go of what the request said; the loop keeps the event a while for its timers."""
+        self.ended = True
+        self.owner = None
+        self.prefetched = ()
+        self._known = {}
+        self._frames = bytearray()
+
     # --- the thread's side ------------------------------------------------------------
 
     def prepare(self) -> None:
@@ -256,7 +264,6 @@ class Pool:
 
     def ended(self, access: Access) -> None:
         """Note that a thread is through with *access*."""
-        access.ended = True
         if not access.lost:
             self.busy -= 1
             return

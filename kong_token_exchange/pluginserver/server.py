@@ -151,12 +151,14 @@ def serve(
         listener = SocketPath(socket_path, socket_mode)
         try:
             loop.listen(listener.socket)
+            logger.info("plugin %s listens on %s", plugin.name, socket_path)
             with _stopped_by_signals(loop):
                 if ready is not None:
                     ready()
                 loop.run()
         finally:
             listener.remove()
+            logger.info("plugin %s stopped listening on %s", plugin.name, socket_path)
     finally:
         loop.close()
     return 0

@@ -275,9 +275,7 @@ class _Loader:
         _refuse_unknown(entity, _PLUGIN, path)
         name = entity.get("name")
         if self._description is None or name != self._description.name:
-            raise DeclarativeError(
-                f"{path}.name: plugin '{name}' not enabled; the sandbox has one plugin"
-            )
+            raise DeclarativeError(f"{path}.name: plugin '{name}' not enabled; the sandbox has one plugin")
         if entity.get("enabled") is False:
             return
         try:

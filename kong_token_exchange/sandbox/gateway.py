@@ -24,12 +24,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from kong_token_exchange.sandbox import declarative, http1, pdk
+from kong_token_exchange.sandbox.answers import Answer, error_answer
 from kong_token_exchange.sandbox.declarative import GatewayConfig, PluginDescription
 from kong_token_exchange.sandbox.plugin_client import (
     READY_TIMEOUT_S,
@@ -49,28 +50,6 @@ _LOG_LINES = 10_000
 
 # A body that a plugin asks for is held as a whole.
 _MAX_PLUGIN_BODY_BYTES = 16 * 1024 * 1024
-
-_MESSAGES = {
-    400: "Bad request",
-    404: "no Route matched with those values",
-    405: "Method not allowed",
-    413: "Payload too large",
-    414: "URI too long",
-    426: "Please use HTTPS protocol",
-    500: "An unexpected error occurred",
-    502: "An invalid response was received from the upstream server",
-    503: "no Service found with those values",
-    504: "The upstream server is timing out",
-}
-
-
-@dataclass(slots=True)
-class _Answer:
-    """An answer that the gateway makes itself."""
-
-    status: int
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +291,7 @@ class SandboxGateway:
             head = http1.parse_request_head(raw)
         except http1.BadMessageError as error:
             request_id = uuid.uuid4().hex
-            message = error.detail or _MESSAGES.get(error.status, "Bad request")
-            answer = _error_answer(error.status, message, request_id)
+            answer = error_answer(error.status, request_id, message=error.detail, accept="text/plain")
             await stream.send(_render_answer(answer, request_id, keep_alive=False, head_only=False))
             return False
         return await _Request(self._core, stream, head).serve()
@@ -347,18 +325,20 @@ class _Request:
         active = self._core.active
         match = self._match(active.router)
         if match is None:
-            return await self._answer_error(404)
+            return await self._send_answer(self._error(404))
         if "http" not in match.route.protocols:
-            return await self._answer_error(426, ("Upgrade", "TLS/1.2, HTTP/1.1"))
+            answer = self._error(426)
+            answer.headers += [("Connection", "Upgrade"), ("Upgrade", "TLS/1.2, HTTP/1.1")]
+            return await self._send_answer(answer)
         context = self._context(active.config, match)
         try:
-            answer = await self._run_plugins(active.config, context)
+            refusal = await self._run_plugins(active.config, context)
         except http1.BadMessageError as error:
-            return await self._answer_error(error.status)
-        if answer is not None:
-            return await self._send_answer(answer)
-        if context.service is None:
-            return await self._answer_error(503)
+            refusal = self._error(error.status)
+        if refusal is None and context.service is None:
+            refusal = self._error(503)
+        if refusal is not None:
+            return await self._send_answer(refusal)
         return await self._proxy(context, match)
 
     def _match(self, router: Router) -> Match | None:
@@ -386,7 +366,7 @@ class _Request:
             write_log=self._core.write_log,
         )
 
-    async def _run_plugins(self, config: GatewayConfig, context: pdk.RequestContext) -> _Answer | None:
+    async def _run_plugins(self, config: GatewayConfig, context: pdk.RequestContext) -> Answer | None:
         """Run the access phase; an answer ends the request here."""
         plugin = config.plugin_for(context.route)
         if plugin is None or "access" not in self._core.phases:
@@ -398,9 +378,9 @@ class _Request:
         try:
             await self._core.client.handle_event(plugin, "access", call_pdk, self._abandoned)
         except pdk.ResponseExit as exit_:
-            return _Answer(exit_.status, exit_.headers, exit_.body)
+            return Answer(exit_.status, exit_.headers, exit_.body)
         except PluginFailedError:
-            answer = _error_answer(500, _MESSAGES[500], self._request_id)
+            answer = self._error(500)
             answer.headers = [*context.response_headers, *answer.headers]
             return answer
         return None
@@ -423,7 +403,10 @@ class _Request:
             self._core.write_log("err", f"{error.status} while proxying to {host}:{port}")
             if proxying.answering:
                 return False  # too late for another answer: the client sees a broken connection
-            return await self._answer_error(error.status)
+            # nginx makes this one, so it is plain text unless the client asks for something else.
+            answer = error_answer(error.status, self._request_id, accept=self._accept() or "text/plain")
+            answer.headers = [*context.response_headers, *answer.headers, ("Via", f"1.1 {SERVER_NAME}")]
+            return await self._send_answer(answer)
 
     # -- the request's body
 
@@ -460,12 +443,13 @@ class _Request:
 
     # -- answers of the gateway's own
 
-    async def _answer_error(self, status: int, *headers: tuple[str, str]) -> bool:
-        answer = _error_answer(status, _MESSAGES.get(status, "Bad request"), self._request_id)
-        answer.headers += headers
-        return await self._send_answer(answer)
+    def _accept(self) -> str | None:
+        return http1.first(self._head.headers, "accept")
 
-    async def _send_answer(self, answer: _Answer) -> bool:
+    def _error(self, status: int) -> Answer:
+        return error_answer(status, self._request_id, accept=self._accept() or "application/json")
+
+    async def _send_answer(self, answer: Answer) -> bool:
         # What is left of the body would be taken for the next request.
         keep_alive = self._head.keep_alive and self._body_is_read()
         head_only = self._head.method == "HEAD"
@@ -485,18 +469,16 @@ class _Request:
         return self._decoder.finished
 
 
-def _error_answer(status: int, message: str, request_id: str) -> _Answer:
-    body = f'{{\n  "message":"{message}",\n  "request_id":"{request_id}"\n}}'
-    return _Answer(status, [("Content-Type", "application/json; charset=utf-8")], body.encode())
-
-
-def _render_answer(answer: _Answer, request_id: str, *, keep_alive: bool, head_only: bool) -> bytes:
-    headers = [pair for pair in answer.headers if pair[0].lower() not in ("content-length", "connection")]
-    headers += [
-        ("Content-Length", str(len(answer.body))),
-        ("Connection", "keep-alive" if keep_alive else "close"),
-        ("Server", SERVER_NAME),
-        ("X-Kong-Request-Id", request_id),
-    ]
+def _render_answer(answer: Answer, request_id: str, *, keep_alive: bool, head_only: bool) -> bytes:
+    given = {name.lower(): value for name, value in answer.headers}
+    # A plugin's Connection: close counts, its Server does not.
+    keep_alive = keep_alive and given.get("connection", "").lower() != "close"
+    headers = [pair for pair in answer.headers if pair[0].lower() not in ("connection", "server")]
+    if "content-length" not in given:
+        headers.append(("Content-Length", str(len(answer.body))))
+    headers.append(("Connection", "keep-alive" if keep_alive else "close"))
+    if "via" not in given:
+        headers.append(("Server", SERVER_NAME))
+    headers.append(("X-Kong-Request-Id", request_id))
     head = http1.render_response_head(answer.status, headers)
     return head if head_only else head + answer.body

@@ -22,9 +22,10 @@ from http import HTTPStatus
 
 Headers = tuple[tuple[str, str], ...]
 
-# large_client_header_buffers of Kong: 4 buffers of 8 KB, one line in one buffer.
+# nginx's large_client_header_buffers, 4 of 8 KB and one line with its CRLF in one of them, and its
+# client_header_buffer_size.
 MAX_LINE_BYTES = 8 * 1024
-MAX_HEAD_BYTES = 4 * MAX_LINE_BYTES
+MAX_HEAD_BYTES = 4 * MAX_LINE_BYTES + 1024
 
 # A response head of an upstream; nginx's proxy_buffer_size is 4 or 8 KB, but a
 # sandbox that truncates somebody's headers would only puzzle them.
@@ -57,7 +58,6 @@ _UNIQUE = frozenset(
         "transfer-encoding",
         "expect",
         "authorization",
-        "proxy-authorization",
     }
 )
 
@@ -153,11 +153,11 @@ def check_head_size(head: bytes | bytearray) -> None:
         BadMessageError: 414 for the request line, 400 for a header line or for all of them together.
     """
     for number, line in enumerate(bytes(head).split(b"\n")):
-        if len(line) > MAX_LINE_BYTES:
+        if len(line) >= MAX_LINE_BYTES:  # the LF is not in *line*
             raise BadMessageError(
                 400 if number else 414, "Request header or cookie too large" if number else ""
             )
-    if len(head) > MAX_HEAD_BYTES + MAX_LINE_BYTES:
+    if len(head) > MAX_HEAD_BYTES:
         raise BadMessageError(400, "Request header or cookie too large")
 
 
@@ -231,7 +231,7 @@ def _parse_request_line(line: bytes) -> tuple[str, str, int, str | None]:
         authority, target = decode(absolute[1]), target[absolute.end() :] or b"/"
         if not target.startswith(b"/"):
             target = b"/" + target
-    return decode(method), decode(target.partition(b"#")[0]), int(match[2]), authority
+    return decode(method), decode(target), int(match[2]), authority
 
 
 def _parse_header_lines(lines: Sequence[bytes]) -> Headers:

@@ -123,7 +123,7 @@ class HeaderList:
         values = [value for key, value in self.pairs if key.lower().replace("-", "_") == wanted]
         if not values:
             return None
-        joined = ", ".join(values)
+        joined = ("; " if wanted == "cookie" else ", ").join(values)
         if ", " not in joined:
             return joined
         listed = self.by_name(_DEFAULT_MAX)
@@ -195,10 +195,10 @@ class RequestContext:
 
     @property
     def host(self) -> str:
-        """Return the host that was asked, lower case, without a port."""
-        host = http1.first(self.head.headers, "host") or ""
+        """Return the host that was asked, lower case, without a port; the server's name when none was."""
+        host = http1.first(self.head.headers, "host") or "kong"
         name, separator, port = host.rpartition(":")
-        return (name if separator and port.isdigit() else host).lower()
+        return (name if separator and port.isdigit() else host).removesuffix(".").lower()
 
     def set_response_header(self, name: str, values: list[str]) -> None:
         """Replace a header of the answer; no values remove it."""
@@ -487,7 +487,12 @@ def _get_var(context: RequestContext, arguments: bytes) -> bytes:
         "content_length": http1.first(context.head.headers, "content-length") or "",
         "request": f"{context.head.method} {target} HTTP/1.{context.head.minor_version}",
         "upstream_uri": context.upstream_path,
+        "server_name": "kong",
     }
+    if name.startswith("arg_"):
+        # As it was sent: nginx decodes nothing here.
+        pairs = [item.partition("=") for item in context.query.split("&")]
+        return _text(next((value for key, _, value in pairs if key.lower() == name[len("arg_") :]), ""))
     return _text(values.get(name))
 
 
@@ -526,6 +531,20 @@ def _clear_header(context: RequestContext, arguments: bytes) -> bytes:
 
 def _set_raw_query(context: RequestContext, arguments: bytes) -> bytes:
     context.query = wire.decode_string(arguments)
+    return b""
+
+
+def _set_scheme(_context: RequestContext, arguments: bytes) -> bytes:
+    scheme = wire.decode_string(arguments)
+    if scheme != "http":
+        raise LuaError(f"invalid scheme: {scheme}; the sandbox proxies to http only")
+    return b""
+
+
+def _set_status(_context: RequestContext, arguments: bytes) -> bytes:
+    # The upstream's or the exit's status replaces it, so there is nothing to remember.
+    if not 100 <= wire.decode_int(arguments) <= 599:
+        raise LuaError("code must be a number between 100 and 599")
     return b""
 
 
@@ -704,9 +723,11 @@ METHODS: Mapping[str, Method] = {
     "kong.service.request.clear_header": _clear_header,
     "kong.service.request.set_raw_query": _set_raw_query,
     "kong.service.request.set_path": _set_path,
+    "kong.service.request.set_scheme": _set_scheme,
     "kong.service.request.set_method": _set_method,
     "kong.service.request.set_raw_body": _set_raw_body,
     "kong.service.set_target": _set_target,
+    "kong.response.set_status": _set_status,
     "kong.response.set_header": _set_response_header,
     "kong.response.add_header": _add_response_header,
     "kong.response.set_headers": _set_response_headers,

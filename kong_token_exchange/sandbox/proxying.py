@@ -182,7 +182,8 @@ class Proxying:
 
     def _own_headers(self) -> list[tuple[str, str]]:
         context, inbound = self.context, self.context.headers
-        version = f"1.{context.head.minor_version} {SERVER_NAME}"
+        # Lua writes the number 1.0 as "1".
+        version = f"{'1.1' if context.head.minor_version else '1'} {SERVER_NAME}"
         via, forwarded_for = inbound.get("via"), inbound.get("x-forwarded-for")
         te = {token.strip().lower() for token in (inbound.get("te") or "").split(",")}
         headers = [
@@ -190,7 +191,6 @@ class Proxying:
             ("Via", f"{via}, {version}" if via else version),
             ("Host", context.upstream_host or self._service_host()),
             ("Connection", "keep-alive"),
-            *self._framing(),
             (
                 "X-Forwarded-For",
                 f"{forwarded_for}, {context.client[0]}" if forwarded_for else context.client[0],
@@ -202,6 +202,7 @@ class Proxying:
             ("X-Forwarded-Prefix", self.prefix if self.prefix and self.prefix != "/" else ""),
             ("X-Real-IP", context.client[0]),
             ("X-Kong-Request-Id", context.request_id),
+            *self._framing(),
         ]
         # nginx does not send a header whose value is empty.
         return [(name, value) for name, value in headers if value]

@@ -249,6 +249,18 @@ def test_closing_an_unknown_instance_is_answered() -> None:
     assert wire.RpcReturn(8) == returned(seen.connection.receive(call))
 
 
+def test_command_that_cannot_be_carried_out_closes_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, config: bytes) -> None:
+        raise MemoryError
+
+    seen = Seen()
+    monkeypatch.setattr(seen.bench.registry, "start", fail)
+
+    assert b"" == seen.connection.receive(wire.frame(wire.encode_call(wire.StartInstance(3, "p", b"{}"))))
+    assert (State.DEAD, [Close()]) == (seen.connection.state, seen.connection.actions)
+    assert "a command failed: MemoryError" in seen.bench.lines
+
+
 def test_status_names_and_info_are_answered() -> None:
     seen = Seen()
 
@@ -416,6 +428,16 @@ def test_what_follows_an_over_long_answer_is_drained() -> None:
 
     assert seen.bench.faults.too_large.frames == out
     assert State.DRAINING == seen.connection.state
+
+
+def test_rest_of_an_over_long_answer_after_the_end_of_its_event_says_nothing() -> None:
+    seen = Limited()
+    seen.connection.receive(event_of(seen.instance_id))
+    data = text_frame(150_000)
+    seen.connection.receive(data[:70_000])
+    assert seen.bench.faults.server_error.frames == seen.connection.fail()
+
+    assert b"" == feed(seen.connection, data[70_000:] + ANSWER, 65536)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -625,7 +647,7 @@ def test_only_an_unknown_instance_and_the_end_lead_to_a_close() -> None:
         if following is State.DEAD
     }
 
-    assert {(State.IDLE, Trigger.UNKNOWN)} == {
+    assert {(State.IDLE, Trigger.REFUSE)} == {
         pair for pair in closing if pair[1] not in (Trigger.GONE, Trigger.CLOSE)
     }
 

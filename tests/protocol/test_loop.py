@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -589,6 +589,82 @@ def test_different_instances_never_mix(tmp_path: Path) -> None:
             assert [("x-audience", audience)] == done["kong.service.request.set_header"]
 
 
+class Stepped:
+    """A loop that the test drives round by round, with one connection of which it holds the other end."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self.server = Running(plugin, None)
+        self.loop = self.server.loop
+        self.ours, self.theirs = socket.socketpair()
+        self.loop.adopt(self.theirs)
+        self.instance_id = self.loop._host.registry.start("test-plugin", b"{}").instance_id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ours.close()
+        self.loop.close()
+
+    def fill(self) -> int:
+        """Leave no room in the server's socket buffer."""
+        filled = 0
+        while True:
+            try:
+                filled += self.theirs.send(b"x" * 65536)
+            except BlockingIOError:
+                return filled
+
+
+def test_kong_gone_between_its_call_and_our_answer_is_forgotten() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.ours.close()
+        stepped.loop._step()
+
+        assert 0 == stepped.loop.stats().connections
+
+
+def test_answer_waits_for_room_in_the_socket_buffer() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        filled = stepped.fill()
+        stepped.loop._step()
+        while filled:
+            filled -= len(stepped.ours.recv(min(filled, 65536)))
+        stepped.loop._step()
+        done = FakeKong("").converse(stepped.ours, KongSide())
+
+        assert ("success", [NEW]) == (done.ended, done.calls)
+
+
+def test_kong_gone_while_an_answer_waits_for_room_is_forgotten() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.fill()
+        stepped.loop._step()
+        stepped.ours.close()
+        stepped.loop._step()
+
+        assert 0 == stepped.loop.stats().connections
+
+
+def test_bytes_behind_an_answer_that_waits_for_room_keep_their_order() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: proceed())) as stepped:
+        filled = stepped.fill()
+        for sequence in (2, 3, 4):
+            stepped.ours.sendall(KongSide(sequence=sequence).begin(stepped.instance_id))
+            stepped.loop._step()
+        while filled:
+            filled -= len(stepped.ours.recv(min(filled, 65536)))
+        stepped.loop._step()
+        for sequence in (2, 3, 4):
+            side = KongSide(sequence=sequence)
+            expected = wire.EMPTY_FRAME + wire.frame(wire.encode_return(sequence))
+            side.receive(stepped.ours.recv(len(expected)))
+            assert "success" == side.done.ended
+
+
 # --- the loop itself ------------------------------------------------------------------
 
 
@@ -676,6 +752,51 @@ def test_wakes_without_end_do_not_block(script: Scripted) -> None:
 def test_deadline_that_kong_would_not_wait_for_is_refused(tmp_path: Path, deadline_s: float) -> None:
     with pytest.raises(ValueError, match="read timeout"):
         Running(Plugin(), None, deadline_s=deadline_s)
+
+
+def test_round_that_fails_is_told_and_the_next_one_works(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance_id = server.kong.start({})
+
+    def fail() -> None:
+        raise RuntimeError("MARKED")
+
+    for _ in range(150):
+        server.loop.post(fail)
+        assert_serves(server, instance_id)
+
+    assert "the loop failed: RuntimeError" in server.lines
+    assert "MARKED" not in server.lines
+
+
+def test_loop_that_fails_without_end_gives_up(script: Scripted) -> None:
+    server = Running(script.plugin(), None)
+
+    def fail() -> None:
+        server.loop.post(fail)
+        raise RuntimeError
+
+    server.loop.post(fail)
+    with pytest.raises(RuntimeError):
+        server.loop.run()
+
+
+def test_another_socket_can_be_watched_and_let_go(server: Running) -> None:
+    ours, theirs = socket.socketpair()
+    got: list[bytes] = []
+    server.loop.post(lambda: server.loop.watch(theirs, lambda: got.append(theirs.recv(10))))
+    ours.send(b"hello")
+    eventually(lambda: got)
+    done = threading.Event()
+    server.loop.post(lambda: (server.loop.unwatch(theirs), server.loop.unwatch(theirs), done.set())[2])
+    assert done.wait(WAIT_S)
+    ours.send(b"again")
+    assert_serves(server, server.kong.start({}))
+    ours.close()
+    theirs.close()
+
+    assert [b"hello"] == got
 
 
 # --- stopping -------------------------------------------------------------------------

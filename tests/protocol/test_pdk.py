@@ -207,6 +207,18 @@ def test_what_cannot_be_a_header_is_refused_before_it_leaves(
     assert [] == caller.calls
 
 
+def test_every_message_of_the_table_is_written_and_read_alike() -> None:
+    samples: dict[str, Any] = {"Empty": None, "KV": ("k", "v"), "ListValue": ["a"], "Struct": {"a": "b"}}
+    for method in METHODS.values():
+        for codec in (method.argument, method.result):
+            if codec.name in samples:
+                assert samples[codec.name] == codec.decode(codec.encode(samples[codec.name]))
+    exit_codec = METHODS["kong.response.exit"].argument
+    assert wire.ExitArgs(401, b"x", {"a": "b"}) == exit_codec.decode(
+        exit_codec.encode((401, b"x", {"a": "b"}))
+    )
+
+
 def test_only_calls_with_empty_answers_may_be_pipelined() -> None:
     empty = {name for name, method in METHODS.items() if method.reply_is_empty}
 

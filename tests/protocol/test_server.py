@@ -231,6 +231,19 @@ def test_killed_process_is_replaced_under_the_same_ids(path: Path, process: Proc
     assert 0 == second.end()
 
 
+def test_process_that_was_stopped_for_a_while_goes_on(path: Path, process: Process) -> None:
+    with FakeKong(str(path)) as kong:
+        instance_id = kong.start({})
+        process.process.send_signal(signal.SIGSTOP)
+        for _ in range(30):
+            sock = kong.connect()
+            sock.sendall(KongSide().begin(instance_id))
+            sock.close()
+        process.process.send_signal(signal.SIGCONT)
+        for _ in range(5):
+            assert "success" == kong.event(instance_id, headers={"authorization": "warm"}).ended
+
+
 def test_serve_leaves_signal_handlers_as_they_were(path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
@@ -271,6 +284,24 @@ def test_numbers_that_make_no_sense_do_not_cost_a_running_server_its_path(path: 
         client.connect(str(path))
     running.remove()
     running.socket.close()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_descriptor_limit_is_raised_where_that_is_allowed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def setrlimit(kind: int, limits: tuple[int, int]) -> None:
+        asked.append(limits)
+        if refused:
+            raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 65536))
+    monkeypatch.setattr("resource.setrlimit", setrlimit)
+
+    assert 0 == serve(Plugin(), socket_path=path, ready=lambda: signal.raise_signal(signal.SIGTERM))
+    assert [(65536, 65536)] == asked
 
 
 def test_chosen_fault_answers_are_used(path: Path) -> None:

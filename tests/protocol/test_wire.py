@@ -2,6 +2,8 @@
 Frames and messages on their own: cuts, limits, and bytes that are no message.
 """
 
+from typing import Any
+
 import pytest
 
 from kong_token_exchange.errors import RemoteProtocolError
@@ -130,6 +132,45 @@ def test_an_absent_value_reads_as_empty() -> None:
     assert {} == wire.decode_struct(b"")
     assert b"" == wire.decode_byte_string(b"")
     assert wire.decode_raw_body(b"") is None
+
+
+READERS = [
+    wire.decode_return,
+    wire.decode_string,
+    wire.decode_byte_string,
+    wire.decode_int,
+    wire.decode_bool,
+    wire.decode_number,
+    wire.decode_value,
+    wire.decode_struct,
+    wire.decode_list,
+    wire.decode_kv,
+    wire.decode_exit,
+    wire.decode_raw_body,
+    wire.ROUTE.decode,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_field_from_a_later_version_is_passed_over(read: Any) -> None:
+    later = b"\x98\x06\x01" + b"\xa2\x06\x02hi"
+
+    assert read(b"") == read(later)
+
+
+def test_call_with_a_field_from_a_later_version_is_read() -> None:
+    call = wire.HandleEvent(2, 3, "access")
+
+    assert call == wire.decode_call(wire.encode_call(call) + b"\x98\x06\x01")
+
+
+@pytest.mark.parametrize("payload", [b"\x12\x00", b"\x08\x01"])
+def test_value_that_is_no_double_is_refused_as_a_number(payload: bytes) -> None:
+    if payload[0] == 8:
+        with pytest.raises(RemoteProtocolError):
+            wire.decode_number(payload)
+    else:
+        assert 0.0 == wire.decode_number(payload)
 
 
 def nested(levels: int) -> bytes:

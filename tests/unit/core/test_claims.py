@@ -424,7 +424,9 @@ def test_identifier_that_is_no_printable_text_is_refused(value: object) -> None:
     refused_claim("sub", accept, issuer.mint(sub=value), max_token=10**6)
     refused_claim("iss", claims_of, iss=value)
     for member in ("azp", "client_id", "cid", "appid"):
-        refused_claim(member, accept, issuer.mint(**{"azp": ABSENT, member: value}), max_token=10**6)
+        refused_claim(
+            member, accept, issuer.mint(**dict[str, Any]({"azp": ABSENT, member: value})), max_token=10**6
+        )
 
 
 def test_clm_21_absent_subject_is_refused() -> None:
@@ -561,6 +563,7 @@ OTHER_KINDS = {
     "CLM-26-keycloak-logout": {"typ": "Logout"},
     "CLM-26-keycloak-dpop": {"typ": "DPoP"},
     "CLM-26-keycloak-registration": {"typ": "RegistrationAccessToken"},
+    "CLM-26-keycloak-initial-access": {"typ": "InitialAccessToken"},
     "CLM-26-typ-list": {"typ": ["ID"]},
     "CLM-26-typ-empty-list": {"typ": []},
     "CLM-26-typ-object": {"typ": {}},

@@ -256,6 +256,10 @@ def test_key_27_borders_of_rsa_keys_are_kept() -> None:
     assert kept(rsa_member(GOOD_N, 2**64 - 1)) == ["k"]
 
 
+def test_key_27_and_key_31_bounds_are_those_that_were_decided() -> None:
+    assert (MIN_RSA_BITS, MAX_RSA_BITS, MAX_KEYS, MAX_SET_BYTES) == (2048, 8192, 100, 256 * 1024)
+
+
 def test_key_27_ordinary_moduli_have_not_the_shape_of_roca() -> None:
     # About one random modulus in 2**27 would: these fifty do not.
     moduli = [GOOD_N + 2 * step for step in range(50)]

@@ -508,6 +508,7 @@ def test_token_is_bounded(spare: int) -> None:
     "extra", [pytest.param(extra, id=f"JWT-19-header-max{extra:+}") for extra in (-1, 0, 1)]
 )
 def test_header_is_bounded(extra: int) -> None:
+    assert MAX_HEADER_BYTES == 8192
     size = len(with_member(issuer.header(), "x", '""'))
     header = with_member(issuer.header(), "x", f'"{"a" * (MAX_HEADER_BYTES + extra - size)}"')
     assert len(header) == MAX_HEADER_BYTES + extra

@@ -119,6 +119,10 @@ def test_depth_counts_arrays_and_objects(depth: int, opening: str, closing: str)
             read(text)
 
 
+def test_depth_is_the_one_that_was_decided() -> None:
+    assert MAX_DEPTH == 32
+
+
 def test_brackets_within_text_and_beside_each_other_are_no_depth() -> None:
     assert read('["' + "[{" * 200 + '"]') == ["[{" * 200]
     assert read("[" + ",".join(["[]", "{}"] * 100) + "]") == [[], {}] * 100
