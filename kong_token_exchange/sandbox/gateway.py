@@ -477,8 +477,6 @@ def _render_answer(answer: Answer, request_id: str, *, keep_alive: bool, head_on
     if "content-length" not in given:
         headers.append(("Content-Length", str(len(answer.body))))
     headers.append(("Connection", "keep-alive" if keep_alive else "close"))
-    if "via" not in given:
-        headers.append(("Server", SERVER_NAME))
-    headers.append(("X-Kong-Request-Id", request_id))
+    headers += [("Server", SERVER_NAME), ("X-Kong-Request-Id", request_id)]
     head = http1.render_response_head(answer.status, headers)
     return head if head_only else head + answer.body

@@ -227,7 +227,7 @@ def _parse_request_line(line: bytes) -> tuple[str, str, int, str | None]:
     if not target.startswith(b"/"):
         absolute = _ABSOLUTE.match(target)
         if absolute is None or not absolute[1]:
-            raise BadMessageError(405 if method == b"CONNECT" else 400)
+            raise BadMessageError(400)
         authority, target = decode(absolute[1]), target[absolute.end() :] or b"/"
         if not target.startswith(b"/"):
             target = b"/" + target
