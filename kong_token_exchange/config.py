@@ -30,6 +30,7 @@ from urllib.parse import SplitResult, urlsplit
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
 from kong_token_exchange.core.policy import (
     TOKEN_TYPE_ACCESS_TOKEN,
+    BreakerPolicy,
     ClaimPair,
     Conditions,
     ResultPolicy,
@@ -136,6 +137,7 @@ class PluginConfig:
     request: ExchangeParameters
     result: ResultPolicy
     cache: CachePolicy
+    breaker: BreakerPolicy
     credential: CredentialSources
     upstream_header: UpstreamHeader
     hide_credentials: bool
@@ -396,6 +398,9 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         request=_build_request(members, exchange),
         result=_build_result(exchange["result"]),
         cache=_build_cache(members, exchange["cache"]),
+        breaker=BreakerPolicy(
+            failures=exchange["breaker"]["failures"], open_for_s=exchange["breaker"]["open_for"] / 1000
+        ),
         credential=_build_credential(members, notes),
         upstream_header=_build_upstream_header(members["upstream_access_token_header"]),
         hide_credentials=members["hide_credentials"],

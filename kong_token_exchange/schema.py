@@ -548,16 +548,18 @@ _RETRY = _later(
     )
 )
 
-_BREAKER = _later(
-    _record(
-        "Leaving a failing token endpoint alone for a while.",
-        {
-            "failures": _integer(
-                "Faults in a row that open the breaker; 0 never.", default=0, between=(0, 1000)
-            ),
-            "open_for": _integer("Milliseconds that it stays open.", default=10000, between=(1, 600_000)),
-        },
-    )
+_BREAKER = _record(
+    "Leaving a failing token endpoint alone for a while; refusals of a token are no faults.",
+    {
+        "failures": _integer(
+            "Faults in a row that open the breaker; 0 for never.", default=5, between=(0, 1000)
+        ),
+        "open_for": _integer(
+            "Milliseconds that it stays open; then one request goes first.",
+            default=5000,
+            between=(1, 600_000),
+        ),
+    },
 )
 
 _TOKEN_EXCHANGE = _record(

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Mapping
 
 from kong_token_exchange.config import PluginConfig
+from kong_token_exchange.core.policy import BreakerPolicy
 from kong_token_exchange.errors import ConfigError
 from kong_token_exchange.flow import Flow
 from kong_token_exchange.plugin import TokenExchangePlugin
 from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
+from kong_token_exchange.shell.breaker import GuardedSender
 from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
@@ -42,6 +44,7 @@ class Shells:
         self._lock = threading.Lock()
         # Keyed by every setting that shapes a connection or a fetched document (EXC-30).
         self._senders: dict[tuple[str | None, bool, int], RequestsSender] = {}
+        self._guards: dict[tuple[str | None, bool, int, BreakerPolicy], GuardedSender] = {}
         self._key_sources: dict[tuple[str | None, bool, int, bool], IssuerKeySource] = {}
 
     def make_flow(self, config: PluginConfig) -> Flow:
@@ -64,6 +67,11 @@ class Shells:
             except (OSError, ValueError):
                 raise ConfigError("ca_file", "cannot be read as PEM certificates") from None
             self._senders[settings] = sender
+            guard_key = (*settings, config.breaker)
+            guard = self._guards.get(guard_key) or GuardedSender(
+                sender, self.clock, self.metrics, policy=config.breaker
+            )
+            self._guards[guard_key] = guard
             source_key = (*settings, config.insecure_allow_http)
             keys = self._key_sources.get(source_key) or IssuerKeySource(
                 sender, self.clock, allow_http=config.insecure_allow_http
@@ -71,7 +79,7 @@ class Shells:
             self._key_sources[source_key] = keys
         return Flow(
             config,
-            sender=sender,
+            sender=guard,
             keys=keys,
             cache=self.cache,
             clock=self.clock,

@@ -77,3 +77,11 @@ class ResultPolicy:
     max_lifetime: int | None = None
     narrowing: Literal["enforce", "audit", "off"] = "enforce"
     same_subject: Literal["sub", "off"] | tuple[ClaimPair, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerPolicy:
+    """When a token endpoint is left alone: after *failures* faults in a row (0: never), for *open_for_s*."""
+
+    failures: int = 5
+    open_for_s: float = 5.0

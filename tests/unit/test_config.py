@@ -337,7 +337,7 @@ LATER = [
     leaf for name, field in CONFIG.fields.items() if field.only_default for leaf in leaves(name, field)
 ] + [
     leaf
-    for name in ("actor", "retry", "breaker")
+    for name in ("actor", "retry")
     for leaf in leaves(f"token_exchange.{name}", CONFIG.fields["token_exchange"].fields[name])
 ]  # fmt: skip
 
