@@ -92,7 +92,7 @@ class FlowResult:
     decision: Literal["exchange", "forward"]
     relation: Relation
     cache: Literal["hit", "miss", "none"]
-    subject: Claims
+    subject: Claims = field(repr=False)
     exchanged: ExchangedToken | None
     notes: tuple[str, ...] = ()
 
@@ -102,7 +102,7 @@ class _Order:
     """One exchange to be made, and what is noted about its result."""
 
     token: str = field(repr=False)
-    subject: Claims
+    subject: Claims = field(repr=False)
     relation: Relation
     subject_token_type: str
     token_endpoint: str
@@ -453,7 +453,7 @@ class Flow:
             claims = self._parse_claims(jws)
             check_issuer(claims, expected=config.target.issuer)
             check_timestamps(claims, now=now, leeway=config.leeway)
-            check_type(claims, typ=jws.typ, accepted=())
+            check_type(claims, typ=jws.typ, accepted=rules.typ)
             check_bearer(claims)
         except InvalidTokenError as error:
             # The caller's token was good; what came out of the exchange is not.

@@ -102,7 +102,7 @@ class KeySource(Protocol):
 class VerifiedToken:
     """A subject token whose signature was verified with the key of that fingerprint."""
 
-    claims: Claims
+    claims: Claims = field(repr=False)
     typ: str | None
     fingerprint: bytes | None
 
@@ -118,7 +118,7 @@ class ExchangedToken:
     """
 
     token: Secret
-    claims: Claims | None
+    claims: Claims | None = field(repr=False)
     reuse_until: float | None
     reuse_until_monotonic: float
     fingerprint: bytes | None = field(default=None, repr=False)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import requests
@@ -42,8 +43,8 @@ from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 
 # An address that has not accepted a connection within this time is down, whatever the deadline leaves.
 CONNECT_TIMEOUT_S = 1.0
-# Addresses of one name that are tried, one after the other: two families, and one spare of each.
-_MAX_ADDRESSES = 4
+# Addresses of each family that are tried, one after the other: one and a spare.
+_MAX_ADDRESSES = 2
 # A name server that has not answered within this time is down; resolvers ask again after 5 s.
 NAME_TIMEOUT_S = 2.0
 
@@ -53,8 +54,11 @@ MAX_IDLE_S = 30.0
 # A connection holds on to the address its name had; providers move with a TTL of about a minute.
 MAX_AGE_S = 60.0
 
-# Idle connections kept per host: as many as the plugin server has threads would be waste, one too few.
-_POOL_SIZE = 16
+# Hosts that connections are kept for: issuers of one gateway, with room.
+_MAX_HOSTS = 64
+# Idle connections kept per host: one for each thread that may exchange; one too few means a TLS
+# handshake for each request above it.
+_POOL_SIZE = 64
 
 _CHUNK = 16 * 1024
 
@@ -211,7 +215,7 @@ def _read_body(raw: urllib3.HTTPResponse, max_body: int) -> bytes:
 
 def _failure(exc: BaseException, request: HttpRequest, *, timed_out: bool) -> TokenExchangeError:
     """Return the error that says what an operator needs; only the cause's class leaves here."""
-    facts: dict[str, Fact] = {"host": urllib3.util.parse_url(request.url).netloc or ""}
+    facts: dict[str, Fact] = {"host": _host(request.url)}
     if timed_out:
         return DeadlineError(reason="deadline", facts=facts)
     causes = _causes(exc)
@@ -222,6 +226,14 @@ def _failure(exc: BaseException, request: HttpRequest, *, timed_out: bool) -> To
     names = {type(cause).__name__ for cause in causes}
     reason = next((reason for reason, known in _REASONS if known & names), "connection_broken")
     return IssuerUnavailableError(reason=reason, facts={**facts, "cause": type(exc).__name__})
+
+
+def _host(url: str) -> str:
+    try:
+        # Without user and password, should there be any.
+        return urllib3.util.parse_url(url).netloc or ""
+    except ValueError:
+        return ""
 
 
 _REASONS = (
@@ -366,7 +378,7 @@ def _connect(connection: HTTPConnection, resolve: Resolve) -> socket.socket:
     except socket.gaierror as exc:
         raise urllib3.exceptions.NameResolutionError(host, connection, exc) from exc
     last: OSError = OSError("no address")
-    for family, kind, protocol, _, address in addresses[:_MAX_ADDRESSES]:
+    for family, kind, protocol, _, address in _choose(addresses):
         try:
             sock = _DeadlineSocket(family, kind, protocol)
         except OSError as exc:
@@ -387,6 +399,15 @@ def _connect(connection: HTTPConnection, resolve: Resolve) -> socket.socket:
 
 
 _AddressInfo = tuple[Any, Any, int, str, Any]
+
+
+def _choose(addresses: list[_AddressInfo]) -> list[_AddressInfo]:
+    """Take a few addresses of each family in turn: many that are dead must not hide the other family."""
+    families = [
+        [info for info in addresses if info[0] == family][:_MAX_ADDRESSES]
+        for family in dict.fromkeys(info[0] for info in addresses)
+    ]
+    return [info for turn in zip_longest(*families) for info in turn if info is not None]
 
 
 class _Names:
@@ -485,7 +506,7 @@ class _Adapter(HTTPAdapter):
         self._context = context
         self._resolve = resolve
         super().__init__(
-            pool_connections=_POOL_SIZE, pool_maxsize=_POOL_SIZE, max_retries=0, pool_block=False
+            pool_connections=_MAX_HOSTS, pool_maxsize=_POOL_SIZE, max_retries=0, pool_block=False
         )
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:

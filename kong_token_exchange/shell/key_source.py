@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
 from kong_token_exchange.core.jwk import MAX_SET_BYTES, JwkSet, parse_jwk_set
-from kong_token_exchange.errors import DeadlineError, IssuerUnavailableError, TokenExchangeError
+from kong_token_exchange.errors import DeadlineError, Fact, IssuerUnavailableError, TokenExchangeError
 from kong_token_exchange.ports import Clock, HttpSender, IssuerEndpoints, NotInMemoryError
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.protocol.metadata import (
@@ -74,8 +74,10 @@ class _Fetched:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    """Why the last fetch failed, and when; not the error itself, which holds on to its frames."""
+
     reason: str
-    error: TokenExchangeError
+    facts: Mapping[str, Fact]
     at: float
 
 
@@ -109,7 +111,7 @@ class _Record:
         failure = self.failure
         if failure is None:
             return IssuerUnavailableError(reason="keys_pending")
-        return IssuerUnavailableError(reason=failure.reason, facts=failure.error.facts)
+        return IssuerUnavailableError(reason=failure.reason, facts=failure.facts)
 
 
 class IssuerKeySource:
@@ -284,7 +286,7 @@ class IssuerKeySource:
         outage = isinstance(error, IssuerUnavailableError)
         reason = error.reason if outage else "keys_" + error.reason
         now = self._clock.monotonic()
-        record.failure = _Failure(reason, error, now)
+        record.failure = _Failure(reason, error.facts, now)
         logged_reason, logged_at = record.logged
         if reason != logged_reason or now - logged_at >= _LOG_INTERVAL_S:
             record.logged = (reason, now)

@@ -462,6 +462,33 @@ def test_the_next_address_of_a_name_is_tried(sender: RequestsSender, monkeypatch
         assert 200 == ask(sender, get(f"http://idp.test:{server.port}/")).status
 
 
+def test_many_dead_addresses_of_one_family_do_not_hide_the_other(
+    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = closed_port()
+
+    def answer(_: str, port: int) -> list[Any]:
+        six = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", dead, 0, 0))]
+        return [*six * 8, *numeric("127.0.0.1", port)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", Names(answer))
+    with Server(serve()) as server:
+        assert 200 == ask(sender, get(f"http://idp.test:{server.port}/")).status
+
+
+def test_a_name_without_an_address_that_answers_is_an_outage(
+    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Names(lambda _host, _port: []))
+
+    assert "connect_failed" == failure(sender, get("http://idp.test/")).reason
+
+
+@pytest.mark.parametrize("url", ["http://[::1/", "http://a b/", "gopher://idp.test/", "http://"])
+def test_an_address_that_is_none_is_an_outage(sender: RequestsSender, url: str) -> None:
+    assert 503 == failure(sender, get(url)).status
+
+
 def test_fault_14_a_connection_gets_too_old_for_the_address_its_name_had(
     sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -808,6 +835,20 @@ def test_a_certificate_of_the_configured_authority_is_trusted(authority: Authori
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         assert 200 == ask(sender, get(server.url)).status
     sender.close()
+
+
+def test_the_systems_certificates_are_trusted_where_no_file_is_configured(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where OpenSSL looks for them; nothing of requests or certifi.
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    system = RequestsSender()
+    replaced = RequestsSender(ca_file=str(Authority(tmp_path, name="Other CA").file))
+    with Server(serve(), tls=authority.context("127.0.0.1")) as server:
+        assert 200 == ask(system, get(server.url)).status
+        assert "tls_refused" == failure(replaced, get(server.url)).reason
+    system.close()
+    replaced.close()
 
 
 def expired(authority: Authority, _folder: Path) -> ssl.SSLContext:
