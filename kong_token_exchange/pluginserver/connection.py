@@ -436,8 +436,7 @@ class Connection:
             self.actions.append(_LINGER)
             return outcome.frames
         self.state = TRANSITIONS[self.state][_SUCCEED]
-        # Added, since calls of a pool thread may have answers due already.
-        self._skip += outcome.replies
+        self._skip = outcome.replies
         sequence = self._sequence
         return outcome.frames + _LENGTHS[len(sequence)] + sequence
 

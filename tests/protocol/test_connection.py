@@ -220,6 +220,24 @@ def test_odd_but_valid_encodings_of_an_event_are_answered() -> None:
         assert sequence == wire.decode_return(frames_of(out)[1]).sequence
 
 
+def test_known_event_behind_a_cut_sequence_is_no_event() -> None:
+    seen = Seen(prefetch=(), outcome=proceed())
+    call = wire.encode_call(wire.HandleEvent(0, seen.instance_id, "access"))
+    for _ in range(2):
+        assert ending(proceed()) == seen.connection.receive(wire.frame(b"\x08\x02" + call))
+
+    assert seen.bench.faults.server_error.frames == seen.connection.receive(wire.frame(b"\x08\x82" + call))
+
+
+def test_tag_inside_another_field_is_not_learnt_as_an_event() -> None:
+    seen = Seen(prefetch=(), outcome=proceed())
+    call = wire.encode_call(wire.HandleEvent(0, seen.instance_id, "access"))
+    hidden = b"\xa2\x02\x00\x00" + call
+    assert ending(proceed()) == seen.connection.receive(wire.frame(b"\x08\x02\x12\x04" + hidden))
+
+    assert seen.bench.faults.server_error.frames == seen.connection.receive(wire.frame(b"\x08\x02" + hidden))
+
+
 # --- commands -------------------------------------------------------------------------
 
 

@@ -237,6 +237,22 @@ def test_a_call_with_an_answer_cannot_be_queued() -> None:
         access.queue(METHODS["kong.request.get_path"], b"")
 
 
+def test_event_that_ended_keeps_nothing_of_the_request() -> None:
+    token = wire.encode_string("MARKED-TOKEN")
+
+    def run(kong: Kong) -> None:
+        kong.service.request.set_header("a", kong.request.get_header("authorization"))
+
+    with Loop() as loop:
+        access = loop.submit(run, prefetch=(AUTHORIZATION,), replies=(token,))
+        loop.ended()
+        access.forget()
+
+    held = [getattr(access, name) for name in Access.__slots__ if name != "instance"]
+    assert "MARKED-TOKEN" not in repr(held)
+    assert access.ended
+
+
 def test_threads_are_made_when_needed_and_a_full_pool_refuses() -> None:
     gate = Gate()
     with Loop(threads=2, queue_limit=1) as loop:

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kong_token_exchange.pluginserver.faults import make_faults
+from kong_token_exchange.pluginserver.loop import Loop
 from kong_token_exchange.pluginserver.server import SocketPath, make_loop, serve
 from tests.support.fake_kong import FakeKong, KongSide, Step
 from tests.support.plugins import Plugin
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from kong_token_exchange.pluginserver.contract import Calls, Fetch, proceed
+from kong_token_exchange.pluginserver.loop import Loop
 from kong_token_exchange.pluginserver.server import serve
 
 class Instance:
@@ -253,15 +256,28 @@ def test_serve_leaves_signal_handlers_as_they_were(path: Path) -> None:
     assert not path.exists()
 
 
-def test_serve_outside_the_main_thread_takes_no_signals(path: Path) -> None:
+def test_serve_outside_the_main_thread_takes_no_signals(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[Loop] = []
+
+    def capture(*args: Any, **options: Any) -> Loop:
+        loops.append(make_loop(*args, **options))
+        return loops[-1]
+
+    monkeypatch.setattr("kong_token_exchange.pluginserver.server.make_loop", capture)
+    before = signal.getsignal(signal.SIGTERM)
     ready = threading.Event()
-    thread = threading.Thread(
-        target=serve, args=(Plugin(),), kwargs={"socket_path": path, "ready": ready.set}, daemon=True
-    )
+    options = {"socket_path": path, "ready": ready.set}
+    thread = threading.Thread(target=serve, args=(Plugin(),), kwargs=options)
     thread.start()
     assert ready.wait(WAIT_S)
     with FakeKong(str(path)) as kong:
         assert "success" == kong.event(kong.start({})).ended
+    assert before == signal.getsignal(signal.SIGTERM)
+    loops[0].request_stop()
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+    assert not path.exists()
 
 
 def test_ready_that_fails_leaves_no_socket(path: Path) -> None:

@@ -111,6 +111,16 @@ def test_what_is_no_call_is_refused(payload: bytes, reason: str) -> None:
     assert reason == caught.value.reason
 
 
+@pytest.mark.parametrize(
+    "payload", [b"\x0a\x80\x80\x01" + b"x" * 16_383, b"\x0a\x05abcd", b"\x0a\x81\x01" + b"x" * 128]
+)
+def test_text_that_is_cut_is_refused(payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        wire.decode_string(payload)
+
+    assert "message_truncated" == caught.value.reason
+
+
 RAW = b"Bearer evil\xff\xfe\x80\xc3("
 
 
