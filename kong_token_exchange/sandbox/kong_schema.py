@@ -13,7 +13,6 @@ Source: Kong 3.9.1 `kong/db/schema/init.lua` (behaviour).
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -99,7 +98,7 @@ def _complete_value(spec: Mapping[str, Any], value: Any, environ: Mapping[str, s
         return None
     if value is None or value is _ABSENT:
         if "default" in spec:
-            value = copy.deepcopy(spec["default"])
+            value = spec["default"]
         elif required and spec["type"] == "record":
             value = {}
         elif required:

@@ -238,11 +238,11 @@ def test_response_headers_of_one_connection_are_removed_and_a_plugins_added(benc
 @pytest.mark.parametrize(
     ("lines", "status", "message"),
     [
-        (("Authorization: Bearer a", "Authorization: Bearer a"), 400, "Bad request"),
-        ((f"Authorization: Bearer {'x' * 8192}",), 400, "Request header or cookie too large"),
-        (("Authorization : Bearer a",), 400, "Bad request"),
-        (("X: 1", "\tfolded"), 400, "Bad request"),
-        (("Transfer-Encoding: gzip",), 501, "Bad request"),
+        (("Authorization: Bearer a", "Authorization: Bearer a"), 400, b"Bad request"),
+        ((f"Authorization: Bearer {'x' * 8192}",), 400, b"Request header or cookie too large"),
+        (("Authorization : Bearer a",), 400, b"Bad request"),
+        (("X: 1", "\tfolded"), 400, b"Bad request"),
+        (("Transfer-Encoding: gzip",), 501, b"501 Not Implemented"),
     ],
     ids=["two-authorizations", "long-line", "blank-before-colon", "folded", "coding"],
 )
@@ -252,14 +252,15 @@ def test_request_that_nginx_refuses_never_reaches_the_plugin(bench, lines, statu
         answer = client.get("/a", *lines)
         assert client.closed()
 
-    assert (answer.status, json.loads(answer.body)["message"]) == (status, message)
-    assert answer["x-kong-request-id"] == json.loads(answer.body)["request_id"]
+    assert answer.status == status
+    assert message in answer.body
+    assert len(answer["x-kong-request-id"]) == 32
     assert bench.plugin.calls == []
     assert bench.upstream.hits == 0
 
 
 def test_token_of_just_under_8_kb_is_let_in(bench):
-    token = "x" * (8192 - len("Authorization: Bearer \r"))
+    token = "x" * (8192 - len("Authorization: Bearer \r\n"))
 
     assert get(bench().url, "/a", f"Authorization: Bearer {token}").status == 200
 
@@ -283,6 +284,13 @@ def test_route_without_a_service_is_503_after_the_plugin(bench):
 
     assert (answer.status, json.loads(answer.body)["message"]) == (503, "no Service found with those values")
     assert len(bench.plugin.of(wire.HandleEvent)) == 1
+
+
+def test_error_has_the_format_that_the_client_accepts(bench):
+    answer = get(bench().url, "/other", "Accept: text/html")
+
+    assert answer["content-type"] == "text/html; charset=utf-8"
+    assert b"<p>no Route matched with those values.</p>" in answer.body
 
 
 def test_route_for_https_only_is_426(bench):
@@ -548,7 +556,7 @@ def test_upstream_that_is_not_there_is_502(bench):
     answer = get(bench(resolve={"127.0.0.1:1": address}).url)
 
     assert answer.status == 502
-    assert json.loads(answer.body)["message"] == "An invalid response was received from the upstream server"
+    assert answer.body.startswith(b"An invalid response was received from the upstream server\n")
 
 
 @pytest.mark.parametrize(
@@ -609,6 +617,64 @@ def test_upstream_connections_are_used_again_and_a_stale_one_is_replaced(bench):
     assert len(connections) == 2
 
 
+def test_upstream_that_closes_a_used_connection_instead_of_answering_is_asked_once_more(bench):
+    connections = []
+
+    def serve(side):
+        connections.append(side)
+        while read_head(side) is not None:
+            if len(connections) == 1 and len(answered) == 1:
+                return
+            side.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            answered.append(1)
+
+    answered: list[int] = []
+    with raw_upstream(serve) as address:
+        gateway = bench(resolve={"127.0.0.1:1": address})
+        assert [get(gateway.url).status for _ in range(3)] == [200] * 3
+        gateway.stop()
+
+    assert len(connections) == 2
+    assert len(bench.plugin.of(wire.HandleEvent)) == 3
+
+
+def test_request_with_a_body_is_never_sent_twice(bench):
+    received = []
+
+    def serve(side):
+        while (head := read_head(side)) is not None:
+            received.append(head.target)
+            if head.method == "POST":
+                return
+            side.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with raw_upstream(serve) as address, HttpClient(bench(resolve={"127.0.0.1:1": address}).url) as client:
+        assert client.get("/a").status == 200
+        client.send(b"POST /a/once HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nbody")
+        assert client.answer().status == 502
+
+    assert received == ["/a", "/a/once"]
+
+
+def test_upstream_connection_with_half_a_request_on_it_is_not_used_again(bench):
+    connections = []
+
+    def serve(side):
+        connections.append(side)
+        while read_head(side) is not None:
+            side.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with raw_upstream(serve) as address:
+        gateway = bench(resolve={"127.0.0.1:1": address})
+        with HttpClient(gateway.url) as client:
+            client.send(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\nhalf")
+            assert client.answer().status == 200
+        assert get(gateway.url).status == 200
+        gateway.stop()
+
+    assert len(connections) == 2
+
+
 # --- load -----------------------------------------------------------------------------
 
 
@@ -645,12 +711,14 @@ def test_reload_under_load_gives_no_request_half_a_configuration(bench):
 
     with ThreadPoolExecutor(4) as threads:
         running = [threads.submit(run) for _ in range(4)]
-        for turn in range(20):
-            # More starts than this there may be: a request that began before a reload brings the
-            # earlier configuration once more, as in Kong.
-            bench.plugin.wait_for(lambda least=turn: len(bench.plugin.of(wire.StartInstance)) > least)
-            gateway.reload(declarative())
-        stop.set()
+        try:
+            for turn in range(20):
+                # More starts than this there may be: a request that began before a reload brings the
+                # earlier configuration once more, as in Kong.
+                bench.plugin.wait_for(lambda least=turn: len(bench.plugin.of(wire.StartInstance)) > least)
+                gateway.reload(declarative())
+        finally:
+            stop.set()
         assert set().union(*(item.result(TIMEOUT_S) for item in running)) == {200}
 
     started, closed = bench.plugin.of(wire.StartInstance), bench.plugin.of(wire.CloseInstance)
