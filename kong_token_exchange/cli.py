@@ -55,6 +55,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="permissions of the socket (default: 600); Kong's worker user must be able to connect",
     )
     serve.add_argument("--threads", type=int, default=64, help="threads for exchanges (default: 64)")
+    serve.add_argument(
+        "--deadline",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="after so long an event is answered with 504 (default: 10); below Kong's read timeout, 60 s",
+    )
     serve.add_argument("--ca-file", metavar="PATH", help="trusted certificates for issuers, PEM")
     serve.add_argument(
         "--resolve",
@@ -79,7 +86,7 @@ def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
 def _run_serve(options: argparse.Namespace) -> int:
     # Imported here: the query command must answer without loading HTTP and cryptography.
     from kong_token_exchange.pluginserver.server import serve  # noqa: PLC0415 - see above
-    from kong_token_exchange.wiring import Shells  # noqa: PLC0415 - see above
+    from kong_token_exchange.wiring import Shells, constant_faults  # noqa: PLC0415 - see above
 
     # Kong merges both streams into its error log, line by line.
     logging.basicConfig(
@@ -92,7 +99,9 @@ def _run_serve(options: argparse.Namespace) -> int:
     shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
     try:
         serve(
-            shells.make_plugin(),
+            shells.make_plugin(max_deadline_ms=int(options.deadline * 1000)),
+            deadline_s=options.deadline,
+            faults=constant_faults(),
             socket_path=options.socket,
             socket_mode=options.socket_mode,
             threads=options.threads,
@@ -157,9 +166,7 @@ def _run_schema(options: argparse.Namespace) -> int:
         if not in_step
     ]
     for path in stale:
-        print(
-            f"{path} is not in step with kong_token_exchange/schema.py; run: kong-token-exchange schema --write"
-        )
+        print(f"{path} is not in step with kong_token_exchange/schema.py: kong-token-exchange schema --write")
     return 1 if stale else 0
 
 

@@ -35,7 +35,7 @@ from kong_token_exchange.protocol.bearer import (
     select_credential,
 )
 from kong_token_exchange.protocol.credentials import Removal, cookie_token, query_token
-from kong_token_exchange.schema import NAME, plugin_schema
+from kong_token_exchange.schema import MAX_DEADLINE_MS, NAME, plugin_schema
 
 # Where openid-connect stands: after the plugins that shape the request, before rate limiting and ACLs.
 PRIORITY = 1050
@@ -185,7 +185,10 @@ class TokenExchangeInstance:
 
     def access(self, kong: Any) -> None:
         """Answer with whatever it takes, within the configured deadline."""
-        deadline = self._clock.monotonic() + self._config.deadline_ms / 1000
+        # Counted from the arrival: the wait for a thread is the caller's time, too.
+        received_at = getattr(kong, "received_at", None)
+        started = received_at if isinstance(received_at, float) else self._clock.monotonic()
+        deadline = started + self._config.deadline_ms / 1000
         facts = {kind: _fetch(kong, fetch) for fetch, kind in self._readers}
         decided = self._decide(facts, deadline=deadline)
         answer = decided if isinstance(decided, Answer) else self._go_on(*decided)
@@ -352,6 +355,8 @@ class TokenExchangePlugin:
     Args:
         make_flow: Builds the flow of one configuration over the shared shells.
         clock: Times deadlines and messages.
+        max_deadline_ms: What the server allows an event; a configuration that asks for more is
+            invalid, since the server would answer first.
     """
 
     name = NAME
@@ -360,14 +365,21 @@ class TokenExchangePlugin:
     phases = ("access",)
     schema: Mapping[str, Any] = plugin_schema()
 
-    def __init__(self, make_flow: Callable[[PluginConfig], Flow], clock: Clock) -> None:
+    def __init__(
+        self,
+        make_flow: Callable[[PluginConfig], Flow],
+        clock: Clock,
+        *,
+        max_deadline_ms: int = MAX_DEADLINE_MS,
+    ) -> None:
         self._make_flow = make_flow
         self._clock = clock
+        self._max_deadline_ms = max_deadline_ms
 
     def start(self, config: Mapping[str, Any]) -> TokenExchangeInstance | MisconfiguredInstance:
         """Start an instance; one whose configuration is invalid refuses every request."""
         try:
-            loaded = load_config(config)
+            loaded = self._load(config)
             flow = self._make_flow(loaded)
         except ConfigError as error:
             return MisconfiguredInstance(error, self._clock)
@@ -376,3 +388,10 @@ class TokenExchangePlugin:
         for finding in loaded.findings:
             _log.info("finding: %s: %s", finding.path, finding.message)
         return TokenExchangeInstance(loaded, flow, self._clock)
+
+    def _load(self, config: Mapping[str, Any]) -> PluginConfig:
+        loaded = load_config(config)
+        if loaded.deadline_ms > self._max_deadline_ms:
+            limit = f"the plugin server answers after {self._max_deadline_ms} ms; see `serve --deadline`"
+            raise ConfigError("token_exchange.deadline", limit)
+        return loaded

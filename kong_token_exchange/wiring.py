@@ -12,9 +12,18 @@ from collections.abc import Mapping
 
 from kong_token_exchange.config import PluginConfig
 from kong_token_exchange.core.policy import BreakerPolicy
-from kong_token_exchange.errors import ConfigError
+from kong_token_exchange.errors import (
+    ConfigError,
+    DeadlineError,
+    GatewayError,
+    IssuerUnavailableError,
+    MalformedRequestError,
+)
 from kong_token_exchange.flow import Flow
 from kong_token_exchange.plugin import TokenExchangePlugin
+from kong_token_exchange.pluginserver.faults import Faults, make_faults
+from kong_token_exchange.protocol.bearer import render
+from kong_token_exchange.schema import MAX_DEADLINE_MS
 from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
 from kong_token_exchange.shell.breaker import GuardedSender
 from kong_token_exchange.shell.clock import SystemClock
@@ -87,6 +96,16 @@ class Shells:
             metrics=self.metrics,
         )
 
-    def make_plugin(self) -> TokenExchangePlugin:
+    def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:
         """Return the plugin over these shells."""
-        return TokenExchangePlugin(self.make_flow, self.clock)
+        return TokenExchangePlugin(self.make_flow, self.clock, max_deadline_ms=max_deadline_ms)
+
+
+def constant_faults() -> Faults:
+    """Return the plugin server's own answers with the very bodies that the plugin gives."""
+    return make_faults(
+        render(GatewayError(reason="fault")).body,
+        too_large_body=render(MalformedRequestError(reason="fault")).body,
+        overloaded_body=render(IssuerUnavailableError(reason="fault")).body,
+        timed_out_body=render(DeadlineError(reason="fault")).body,
+    )

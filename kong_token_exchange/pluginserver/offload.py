@@ -16,6 +16,7 @@ is used again or let go.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -93,6 +94,7 @@ class Access:
         "over",
         "owner",
         "prefetched",
+        "received_at",
         "started",
     )
 
@@ -101,6 +103,8 @@ class Access:
     ) -> None:
         self.instance = instance
         self.prefetched = prefetched
+        # When the event could not be answered from memory: waiting for a thread counts, too.
+        self.received_at = time.monotonic()
         # What the loop wants back with the posts; the pool does not look at it.
         self.owner = owner
         # Written by the loop, read by the thread.
@@ -340,7 +344,7 @@ class Pool:
         try:
             if not access.over:
                 access.prepare()
-                access.instance.access(Kong(access))
+                access.instance.access(Kong(access, received_at=access.received_at))
                 outcome = access.success()
         except EventOverError:
             pass

@@ -555,11 +555,29 @@ class Service:
 
 
 class Kong:
-    """The root of the tree, made for one event and useless after it."""
+    """
+    The root of the tree, made for one event and useless after it.
 
-    __slots__ = ("client", "ctx", "log", "nginx", "node", "request", "response", "router", "service")
+    Args:
+        caller: Carries the calls.
+        received_at: Monotonic instant at which the event arrived, seconds; None where nobody says.
+    """
 
-    def __init__(self, caller: Caller) -> None:
+    __slots__ = (
+        "client",
+        "ctx",
+        "log",
+        "nginx",
+        "node",
+        "received_at",
+        "request",
+        "response",
+        "router",
+        "service",
+    )
+
+    def __init__(self, caller: Caller, *, received_at: float | None = None) -> None:
+        self.received_at = received_at
         self.client = Client(caller)
         self.ctx = Ctx(caller)
         self.log = Log(caller)

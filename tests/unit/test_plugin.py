@@ -17,7 +17,7 @@ from kong_token_exchange.errors import (
     TokenExchangeError,
 )
 from kong_token_exchange.flow import FlowResult
-from kong_token_exchange.plugin import ALARM_INTERVAL_S, PRIORITY, TokenExchangePlugin
+from kong_token_exchange.plugin import ALARM_INTERVAL_S, PRIORITY, TokenExchangeInstance, TokenExchangePlugin
 from kong_token_exchange.pluginserver.pdk import METHODS
 from kong_token_exchange.pluginserver.wire import (
     FrameReader,
@@ -185,6 +185,25 @@ def test_what_needs_the_network_is_left_to_the_pool() -> None:
     instance.access(kong)
     assert ("service.request.set_header", ("authorization", "Bearer ex.chan.ged")) in kong.calls
     assert [None, 1005.0] == flow.deadlines
+
+
+def test_waiting_for_a_thread_counts_against_the_deadline() -> None:
+    instance, flow = start()
+    kong = RecordingKong({"authorization": "Bearer a.b.c"})
+    kong.received_at = 990.0
+
+    instance.access(kong)
+
+    assert [995.0] == flow.deadlines
+
+
+@pytest.mark.parametrize(("deadline", "starts"), [(4999, True), (5000, True), (5001, False)])
+def test_a_deadline_above_the_servers_own_is_an_invalid_configuration(deadline: int, starts: bool) -> None:
+    plugin = TokenExchangePlugin(lambda _: FakeFlow(exchanged), FakeClock(), max_deadline_ms=5000)  # type: ignore[arg-type, return-value]
+    changed = config()
+    changed["token_exchange"]["deadline"] = deadline
+
+    assert starts == isinstance(plugin.start(changed), TokenExchangeInstance)
 
 
 @pytest.mark.parametrize(
