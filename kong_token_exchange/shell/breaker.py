@@ -15,6 +15,7 @@ Source: docs/adr/0009-breaker.md; docs/security.md RES-01 to RES-06, RES-13.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -115,18 +116,20 @@ class GuardedSender:
         now = self._clock.monotonic()
         with endpoint.lock:
             if now < endpoint.rest_until:
-                raise self._held_back("endpoint_rests", endpoint.rest_until - now)
+                wait_s = _whole_seconds(endpoint.rest_until - now)
+                raise self._counted(IssuerUnavailableError(reason="endpoint_rests", retry_after=wait_s))
             if endpoint.is_open and (endpoint.probing or now < endpoint.open_until):
-                raise self._held_back("breaker_open", endpoint.open_until - now)
+                wait_s = _whole_seconds(endpoint.open_until - now)
+                raise self._counted(IssuerUnavailableError(reason="breaker_open", retry_after=wait_s))
             if endpoint.in_flight >= self._max_in_flight:
-                raise self._held_back("exchange_shed", 1.0)
+                raise self._counted(IssuerUnavailableError(reason="exchange_shed"))
             endpoint.in_flight += 1
             endpoint.probing = endpoint.is_open
             return endpoint.is_open
 
-    def _held_back(self, reason: str, wait_s: float) -> IssuerUnavailableError:
-        self._metrics.count("held_back", reason=reason)
-        return IssuerUnavailableError(reason=reason, retry_after=max(1, min(int(wait_s + 0.999), 30)))
+    def _counted(self, error: IssuerUnavailableError) -> IssuerUnavailableError:
+        self._metrics.count("held_back", reason=error.reason)
+        return error
 
     def _leave(self, endpoint: _Endpoint, *, probe: bool, fault: bool | None) -> None:
         now = self._clock.monotonic()
@@ -161,6 +164,10 @@ class GuardedSender:
                 endpoint.next_rest_s = FIRST_REST_S
             endpoint.rest_until = now + endpoint.next_rest_s * (0.5 + 0.5 * self._jitter())
             endpoint.next_rest_s = min(2 * endpoint.next_rest_s, MAX_REST_S)
+
+
+def _whole_seconds(wait_s: float) -> int:
+    return max(1, min(math.ceil(wait_s), int(MAX_REST_S)))
 
 
 def _retry_after_s(response: HttpResponse) -> float | None:
