@@ -419,6 +419,8 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         strict=exchange["strict"],
         flow=_build_flow(exchange["flow"]),
     )
+    if config.result.validation == "none" and config.audience_required:
+        raise ConfigError("audience_required", "cannot be proven with token_exchange.result.validation none")
     _warn_of_unsafe(config, notes)
     for find in (
         _find_forwarding,

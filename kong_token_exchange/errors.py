@@ -196,9 +196,7 @@ class IssuerUnavailableError(GatewayError):
     error = "temporarily_unavailable"
     description = "the authorization server is not available"
 
-    def __init__(
-        self, *, reason: str, retry_after: int = 1, facts: Mapping[str, Fact] | None = None
-    ) -> None:
+    def __init__(self, *, reason: str, retry_after: int = 1, facts: Mapping[str, Fact] | None = None) -> None:
         super().__init__(reason=reason, facts=facts)
         self.retry_after = retry_after
 

@@ -104,8 +104,8 @@ class Shells:
 def constant_faults() -> Faults:
     """Return the plugin server's own answers with the very bodies that the plugin gives."""
     return make_faults(
-        render(GatewayError(reason="fault")).body,
-        too_large_body=render(MalformedRequestError(reason="fault")).body,
-        overloaded_body=render(IssuerUnavailableError(reason="fault")).body,
-        timed_out_body=render(DeadlineError(reason="fault")).body,
+        render(GatewayError(reason="exchange_failed")).body,
+        too_large_body=render(MalformedRequestError(reason="credential_too_long")).body,
+        overloaded_body=render(IssuerUnavailableError(reason="exchange_shed")).body,
+        timed_out_body=render(DeadlineError(reason="deadline")).body,
     )

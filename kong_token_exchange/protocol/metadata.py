@@ -117,8 +117,6 @@ def _is_public_host(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return _NUMBER_AT_END.search(host) is None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
     return address.is_global and not address.is_multicast
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qsl
 
 from kong_token_exchange.core.jwk import JwkSet, parse_jwk_set
@@ -61,6 +62,11 @@ class Hold:
 
     entered: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
+
+    def release_first(self) -> None:
+        """Let the answers go once somebody waits for one."""
+        assert self.entered.wait(PATIENCE_S)
+        self.released.set()
 
 
 class FakeSender:
@@ -223,9 +229,9 @@ def form_of(request: HttpRequest) -> list[tuple[str, str]]:
     return parse_qsl(request.body.decode("ascii"), keep_blank_values=True, strict_parsing=True)
 
 
-def run_in_threads(work: Callable[[], object], count: int) -> list[object]:
+def run_in_threads(work: Callable[[], object], count: int) -> list[Any]:
     """Run *work* in *count* threads at once; return results and errors."""
-    results: list[object] = []
+    results: list[Any] = []
 
     def run() -> None:
         try:

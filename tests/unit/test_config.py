@@ -1119,8 +1119,21 @@ def test_a_downscoping_flow_is_bounded_by_the_subject() -> None:
 
 def test_unread_results_leave_the_subject_unproven() -> None:
     changes = {**CLEAN, "token_exchange.result": {"validation": "none", "allowed_scopes": ["orders"]}}
+    del changes["audience_required"]
 
-    assert [finding.topic for finding in load(changes).findings] == ["subject", "result"]
+    assert [finding.topic for finding in load(changes).findings if finding.topic != "forwarding"] == [
+        "subject",
+        "result",
+    ]
+
+
+def test_an_audience_that_cannot_be_proven_is_an_error() -> None:
+    changes = {"audience_required": ["api"], "token_exchange.result": {"validation": "none"}}
+
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+
+    assert caught.value.path == "audience_required"
 
 
 def test_unverified_certificates_are_a_warning() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -105,7 +106,7 @@ class Bench:
         issuers: tuple[FakeIssuer, ...] = (target, partner),
     ) -> None:
         self.config = raw if isinstance(raw, PluginConfig) else load_config(CONFIG if raw is None else raw)
-        self.clock = clock or FakeClock()
+        self.clock: Any = clock or FakeClock()
         endpoint = self.config.target.token_endpoint or ENDPOINT
         self.sender = FakeSender({endpoint: answer or token_response(result_token())})
         self.keys = FakeKeySource(
@@ -415,7 +416,7 @@ def test_a_missing_scope_is_named_in_the_challenge() -> None:
 
 # --- order ----------------------------------------------------------------------------
 
-WORSE = {"aud": "foreign", "exp": NOW - 100, "cnf": {"jkt": "x"}, "scope": 1, "azp": "other"}
+WORSE: dict[str, Any] = {"aud": "foreign", "exp": NOW - 100, "cnf": {"jkt": "x"}, "scope": 1, "azp": "other"}
 
 
 def test_the_signature_is_judged_before_any_claim() -> None:
@@ -942,7 +943,10 @@ def test_limits_hold_for_results_that_are_not_read(
 
 def test_exc_24_what_cannot_be_shown_of_an_unread_result_is_not_taken_for_granted() -> None:
     answer = token_response("b3BhcXVl")
-    nothing_asked = {"request": {"empty_scopes": True}, "result": {**UNREAD, "allowed_scopes": ["read"]}}
+    nothing_asked: dict[str, Any] = {
+        "request": {"empty_scopes": True},
+        "result": {**UNREAD, "allowed_scopes": ["read"]},
+    }
 
     assert "scope_unproven" == Bench(config_with(**nothing_asked), answer).refusal(SUBJECT).facts["widening"]
     loaded = load_config(config_with(result=UNREAD))
@@ -1334,7 +1338,7 @@ def test_verification_on_the_loop_is_not_done_again_in_the_pool() -> None:
 # --- single flight --------------------------------------------------------------------
 
 
-def crowd(it: Bench, token: str, count: int) -> list[object]:
+def crowd(it: Bench, token: str, count: int) -> list[Any]:
     """Let *count* requests with one new token arrive while its exchange runs."""
     joined = threading.Semaphore(0)
     wait = it.cache._wait
@@ -1343,8 +1347,7 @@ def crowd(it: Bench, token: str, count: int) -> list[object]:
         joined.release()
         return wait(*flight)
 
-    it.cache._wait = join  # type: ignore[method-assign]
-    with it.sender.held() as hold:
+    with patch.object(it.cache, "_wait", join), it.sender.held() as hold:
 
         def let_go() -> None:
             for _ in range(count - 1):
@@ -1364,11 +1367,8 @@ def test_cache_16_res_04_a_crowd_with_one_new_token_makes_one_exchange() -> None
     results = crowd(it, issuer.mint(aud="gateway"), 40)
 
     assert 1 == it.exchanges
-    assert 1 == len({id(result.exchanged) for result in results})  # type: ignore[attr-defined]
-    assert (1, 39) == tuple(
-        sum(result.cache == word for result in results)  # type: ignore[attr-defined]
-        for word in ("miss", "hit")
-    )
+    assert 1 == len({id(result.exchanged) for result in results})
+    assert (1, 39) == tuple(sum(result.cache == word for result in results) for word in ("miss", "hit"))
     # One exchange is one audit event, whoever shares its result.
     assert ["exchange"] == [event.outcome for event in it.audit.events]
 
@@ -1382,8 +1382,7 @@ def test_fault_114_a_crowd_with_a_failing_issuer_makes_one_call() -> None:
 
     assert 1 == it.exchanges
     assert {(IssuerUnavailableError, "token_endpoint_failed", 9)} == {
-        (type(error), error.reason, error.retry_after)  # type: ignore[attr-defined]
-        for error in results
+        (type(error), error.reason, error.retry_after) for error in results
     }
     assert 40 == it.metrics.counts["requests,outcome=refuse,reason=token_endpoint_failed"]
 

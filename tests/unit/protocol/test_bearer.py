@@ -172,6 +172,12 @@ def test_length_is_bounded(spare: int) -> None:
             refused(MalformedRequestError, "credential_too_long", read_token)
 
 
+def test_hdr_14_spaces_after_the_scheme_are_bounded_too() -> None:
+    token = "a" * MAX
+    assert read("Bearer" + " " * 10 + token) == token
+    refused(MalformedRequestError, "credential_too_long", read, "Bearer" + " " * 11 + token)
+
+
 def test_hdr_14_overlong_credential_is_refused_before_anything_else_is_looked_at() -> None:
     refused(MalformedRequestError, "credential_too_long", read, "Bearer " + "\xff" * (MAX + 10))
     refused(MalformedRequestError, "credential_too_long", read, "Bearer" + " " * (MAX + 11))

@@ -164,7 +164,7 @@ def test_a_good_answer_is_read() -> None:
     response = process(token_response(TOKEN, scope="read write", refresh_token="mark-r", id_token="mark-i"))
 
     assert TOKEN == response.access_token.reveal()
-    assert (ACCESS_TOKEN_TYPE, 300, {"read", "write"}) == (
+    assert (ACCESS_TOKEN_TYPE, 300, frozenset({"read", "write"})) == (
         response.issued_token_type,
         response.expires_in,
         response.scopes,
@@ -339,7 +339,9 @@ def test_answers_that_are_no_json_object_are_502(response: HttpResponse) -> None
 def test_a_charset_parameter_changes_nothing() -> None:
     headers = {"content-type": "Application/JSON; charset=utf-8"}
 
-    assert process(HttpResponse(status=200, headers=headers, body=GOOD_TEXT.encode()))
+    response = process(HttpResponse(status=200, headers=headers, body=GOOD_TEXT.encode()))
+
+    assert TOKEN == response.access_token.reveal()
 
 
 def test_an_error_with_status_200_is_502() -> None:

@@ -90,6 +90,9 @@ class Peer:
         while self._receive():
             pass
 
+    def close(self) -> None:
+        self.sock.close()
+
     def reset(self) -> None:
         """Close so that the client's next call fails with ECONNRESET."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -104,7 +107,27 @@ class Peer:
         return bool(data)
 
 
-Script = Callable[[Peer], None]
+Script = Callable[[Peer], object]
+
+
+def in_turn(*steps: Script) -> Script:
+    """Do one step after the other."""
+
+    def script(peer: Peer) -> None:
+        for step in steps:
+            step(peer)
+
+    return script
+
+
+def sending(data: bytes) -> Script:
+    """Send *data*."""
+    return lambda peer: peer.send(data)
+
+
+def dripping(data: bytes) -> Script:
+    """Send *data* byte by byte."""
+    return lambda peer: peer.drip(data)
 
 
 class Server:

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from kong_token_exchange.errors import Fact
 from kong_token_exchange.ports import AuditEvent
 from kong_token_exchange.shell.audit_log import MAX_EXCHANGES_PER_SECOND, AuditLog, CountingMetrics
 from tests.support.fakes import FakeClock, run_in_threads
@@ -37,7 +38,7 @@ class Lines:
 
 
 def test_an_event_is_one_json_line(lines: Lines) -> None:
-    facts = {"iss": "https://idp.test", "client": None, "http_status": 400, "ok": True}
+    facts: dict[str, Fact] = {"iss": "https://idp.test", "client": None, "http_status": 400, "ok": True}
     AuditLog(FakeClock()).record(AuditEvent(outcome="refuse", reason="x", status=401, facts=facts))
 
     assert [
@@ -55,7 +56,14 @@ def test_an_event_is_one_json_line(lines: Lines) -> None:
 
 
 def test_facts_cannot_stand_in_for_the_event(lines: Lines) -> None:
-    facts = {"event": "a", "time": 1, "outcome": "exchange", "reason": "b", "status": 200, "left_out": "c"}
+    facts: dict[str, Fact] = {
+        "event": "a",
+        "time": 1,
+        "outcome": "exchange",
+        "reason": "b",
+        "status": 200,
+        "left_out": "c",
+    }
     AuditLog(FakeClock()).record(AuditEvent(outcome="refuse", reason="x", status=401, facts=facts))
 
     line = lines()[0]
@@ -138,14 +146,23 @@ def test_a_clock_that_steps_back_does_not_stop_the_log(lines: Lines) -> None:
 def test_threads_do_not_spend_a_line_twice(lines: Lines) -> None:
     log = AuditLog(FakeClock(), max_per_second=30)
 
-    run_in_threads(lambda: [log.record(REFUSAL) for _ in range(50)], 8)
+    def work() -> None:
+        for _ in range(50):
+            log.record(REFUSAL)
+
+    run_in_threads(work, 8)
 
     assert 30 == len(lines())
 
 
 def test_metrics_count_by_name_and_labels() -> None:
     metrics = CountingMetrics()
-    run_in_threads(lambda: [metrics.count("requests", outcome="refuse") for _ in range(200)], 4)
+
+    def work() -> None:
+        for _ in range(200):
+            metrics.count("requests", outcome="refuse")
+
+    run_in_threads(work, 4)
     metrics.count("requests", outcome="exchange", cache="hit")
 
     assert {"requests,outcome=refuse": 800, "requests,outcome=exchange,cache=hit": 1} == metrics.snapshot()

@@ -23,7 +23,19 @@ from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.shell import http_client
 from kong_token_exchange.shell.http_client import RequestsSender
 from tests.support.fakes import PATIENCE_S, run_in_threads
-from tests.unit.shell.peers import Authority, Peer, Server, black_hole, closed_port, message, serve
+from tests.unit.shell.peers import (
+    Authority,
+    Peer,
+    Script,
+    Server,
+    black_hole,
+    closed_port,
+    dripping,
+    in_turn,
+    message,
+    sending,
+    serve,
+)
 
 MAX_BODY = 64 * 1024
 
@@ -265,26 +277,22 @@ def test_identity_is_no_encoding(sender: RequestsSender) -> None:
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
-DRIPS: dict[str, Callable[[Peer], None]] = {
-    "status-line": lambda peer: peer.drip(b"HTTP/1.1 200 " + b"O" * 10_000),
-    "headers": lambda peer: (peer.send(HEAD), peer.drip(b"X-A: b\r\n" * 10_000))[1],
-    "body": lambda peer: (peer.send(HEAD + b"Content-Length: 9999\r\n\r\n"), peer.drip(b"x" * 9999))[1],
-    "chunk-size": lambda peer: (
-        peer.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
-        peer.drip(b"0" * 10_000),
-    )[1],
-    "trailers": lambda peer: (
-        peer.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"),
-        peer.drip(b"X-A: b\r\n" * 10_000),
-    )[1],
-    "continue": lambda peer: peer.drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000),
-    "nothing": lambda peer: peer.wait_until_left(),
+CHUNKED_HEAD = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+DRIPS: dict[str, Script] = {
+    "status-line": dripping(b"HTTP/1.1 200 " + b"O" * 10_000),
+    "headers": in_turn(sending(HEAD), dripping(b"X-A: b\r\n" * 10_000)),
+    "body": in_turn(sending(HEAD + b"Content-Length: 9999\r\n\r\n"), dripping(b"x" * 9999)),
+    "chunk-size": in_turn(sending(CHUNKED_HEAD), dripping(b"0" * 10_000)),
+    "trailers": in_turn(sending(CHUNKED_HEAD + b"0\r\n"), dripping(b"X-A: b\r\n" * 10_000)),
+    "continue": dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000),
+    "nothing": Peer.wait_until_left,
 }
 
 
 @pytest.mark.parametrize("drip", DRIPS.values(), ids=[f"FAULT-06-RES-14-{name}" for name in DRIPS])
 def test_an_answer_that_comes_byte_by_byte_is_cut_at_the_deadline(
-    sender: RequestsSender, drip: Callable[[Peer], None]
+    sender: RequestsSender, drip: Script
 ) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
@@ -309,7 +317,7 @@ def test_fault_06_over_tls(sender: RequestsSender, authority: Authority) -> None
 
 
 def test_fault_12_a_tls_handshake_that_never_ends_is_cut_at_the_deadline(sender: RequestsSender) -> None:
-    with Server(lambda peer: peer.wait_until_left()) as server:
+    with Server(Peer.wait_until_left) as server:
         error = failure(sender, get(f"https://127.0.0.1:{server.port}/"), within=SHORT_S)
 
     assert "deadline" == error.reason
@@ -317,7 +325,7 @@ def test_fault_12_a_tls_handshake_that_never_ends_is_cut_at_the_deadline(sender:
 
 def test_fault_05_a_silence_shorter_than_the_deadline_is_an_outage() -> None:
     sender = RequestsSender(read_timeout_s=SHORT_S)
-    with Server(lambda peer: peer.wait_until_left()) as server:
+    with Server(Peer.wait_until_left) as server:
         error = failure(sender, post(server.url))
     sender.close()
 
@@ -538,46 +546,33 @@ def test_fault_115_no_descriptor_is_an_outage(
 
 # --- broken answers -------------------------------------------------------------------
 
-BROKEN: dict[str, Callable[[Peer], None]] = {
-    "FAULT-15-closed-at-once": lambda peer: peer.sock.close(),
-    "FAULT-15-reset-at-once": lambda peer: peer.reset(),
-    "FAULT-15-reset-in-head": lambda peer: (peer.send(b"HTTP/1.1 20"), peer.reset())[1],
-    "FAULT-15-closed-in-head": lambda peer: (peer.send(HEAD), peer.sock.close())[1],
-    "FAULT-15-reset-in-body": lambda peer: (peer.send(message(b'{"access_token":"x"}')[:-10]), peer.reset())[
-        1
-    ],
-    "FAULT-15-closed-in-body": lambda peer: (
-        peer.send(HEAD + b'Content-Length: 99\r\n\r\n{"access_token":"x"}'),
-        peer.sock.close(),
-    )[1],
-    "FAULT-15-closed-in-chunks": lambda peer: (
-        peer.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"),
-        peer.sock.close(),
-    )[1],
-    "FAULT-15-closed-in-chunk": lambda peer: (
-        peer.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{}"),
-        peer.sock.close(),
-    )[1],
-    "chunk-size-is-no-number": lambda peer: peer.send(
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"
+BROKEN: dict[str, Script] = {
+    "FAULT-15-closed-at-once": Peer.close,
+    "FAULT-15-reset-at-once": Peer.reset,
+    "FAULT-15-reset-in-head": in_turn(sending(b"HTTP/1.1 20"), Peer.reset),
+    "FAULT-15-closed-in-head": in_turn(sending(HEAD), Peer.close),
+    "FAULT-15-reset-in-body": in_turn(sending(message(b'{"access_token":"x"}')[:-10]), Peer.reset),
+    "FAULT-15-closed-in-body": in_turn(
+        sending(HEAD + b'Content-Length: 99\r\n\r\n{"access_token":"x"}'), Peer.close
     ),
-    "chunk-line-without-end": lambda peer: peer.send(
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 70_000
-    ),
-    "two-lengths": lambda peer: peer.send(HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}}"),
-    "not-http": lambda peer: peer.send(b"220 smtp.test ESMTP\r\n"),
-    "garbage": lambda peer: peer.send(bytes(range(256)) * 10),
-    "status-is-no-number": lambda peer: peer.send(b"HTTP/1.1 two OK\r\n\r\n"),
-    "status-line-without-end": lambda peer: peer.send(b"HTTP/1.1 200 " + b"O" * 70_000),
-    "header-without-end": lambda peer: peer.send(HEAD + b"X-A: " + b"a" * 70_000),
-    "too-many-headers": lambda peer: peer.send(HEAD + b"X-A: b\r\n" * 200 + b"\r\n"),
+    "FAULT-15-closed-in-chunks": in_turn(sending(CHUNKED_HEAD + b"2\r\n{}\r\n"), Peer.close),
+    "FAULT-15-closed-in-chunk": in_turn(sending(CHUNKED_HEAD + b"9\r\n{}"), Peer.close),
+    "chunk-size-is-no-number": sending(CHUNKED_HEAD + b"zz\r\n{}\r\n0\r\n\r\n"),
+    "chunk-line-without-end": sending(CHUNKED_HEAD + b"0" * 70_000),
+    "two-lengths": sending(HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}}"),
+    "not-http": sending(b"220 smtp.test ESMTP\r\n"),
+    "garbage": sending(bytes(range(256)) * 10),
+    "status-is-no-number": sending(b"HTTP/1.1 two OK\r\n\r\n"),
+    "status-line-without-end": sending(b"HTTP/1.1 200 " + b"O" * 70_000),
+    "header-without-end": sending(HEAD + b"X-A: " + b"a" * 70_000),
+    "too-many-headers": sending(HEAD + b"X-A: b\r\n" * 200 + b"\r\n"),
 }
 
 
 @pytest.mark.parametrize("send", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("make", [get, post], ids=["get", "post"])
 def test_a_broken_answer_is_an_outage_and_nothing_of_it_is_used(
-    sender: RequestsSender, make: Callable[[str], HttpRequest], send: Callable[[Peer], None]
+    sender: RequestsSender, make: Callable[[str], HttpRequest], send: Script
 ) -> None:
     def script(peer: Peer) -> None:
         if peer.number > 1:
@@ -600,17 +595,16 @@ def test_an_early_hint_is_no_answer_and_does_not_shift_those_that_follow(sender:
 
     def script(peer: Peer) -> None:
         while request := peer.read_request():
-            owner = request.header("X-Owner") or ""
-            if owner == "first":
+            if request.body == b"first":
                 peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
                 # The answer itself comes once the next request is on its way.
                 assert released.wait(PATIENCE_S)
             released.set()
-            peer.send(message(owner.encode()))
+            peer.send(message(request.body))
 
     with Server(script) as server:
-        first = failure(sender, post(server.url, **{"X-Owner": "first"}))
-        second = ask(sender, post(server.url, **{"X-Owner": "second"}))
+        first = failure(sender, post(server.url, b"first"))
+        second = ask(sender, post(server.url, b"second"))
 
     assert (502, "response_status", {"http_status": 103}) == (first.status, first.reason, first.facts)
     assert b"second" == second.body
@@ -638,11 +632,9 @@ def test_a_connection_is_kept_and_used_again_over_tls(authority: Authority) -> N
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["FAULT-21-plain", "FAULT-21-tls"])
-@pytest.mark.parametrize(
-    "close", [lambda peer: peer.sock.close(), lambda peer: peer.reset()], ids=["close", "reset"]
-)
+@pytest.mark.parametrize("close", [Peer.close, Peer.reset], ids=["close", "reset"])
 def test_an_idle_connection_that_the_peer_closed_is_replaced_silently(
-    authority: Authority, tls: bool, close: Callable[[Peer], None]
+    authority: Authority, tls: bool, close: Script
 ) -> None:
     answered, closed = threading.Event(), threading.Event()
 
@@ -925,7 +917,7 @@ def test_a_name_in_the_map_is_still_verified(authority: Authority) -> None:
 
 
 def test_fault_12_plain_http_on_the_port(sender: RequestsSender) -> None:
-    with Server(lambda peer: peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
+    with Server(sending(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
         error = failure(sender, get(f"https://127.0.0.1:{server.port}/"))
 
     assert error.reason in {"tls_refused", "connection_broken"}
@@ -975,7 +967,7 @@ def test_errors_hold_nothing_of_the_request(
     caplog.set_level(1)
     errors: list[TokenExchangeError] = []
     headers = {"Authorization": "Basic mark-header"}
-    with Server(lambda peer: (peer.read_request(), peer.send(b"mark-answer\r\n"))[1]) as broken:
+    with Server(in_turn(Peer.read_request, sending(b"mark-answer\r\n"))) as broken:
         errors.append(failure(sender, post(broken.url + "/?mark-query", b"mark-body", **headers)))
     with Server(serve(), tls=authority.context("127.0.0.2")) as tls:
         errors.append(failure(sender, post(tls.url + "/?mark-query", b"mark-body", **headers)))
@@ -1006,7 +998,7 @@ def test_descriptors_are_given_back() -> None:
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc to count descriptors in")
     sender = RequestsSender()
-    with Server(lambda peer: (peer.read_request(), peer.reset())[1]) as server:
+    with Server(in_turn(Peer.read_request, Peer.reset)) as server:
         for _ in range(3):
             failure(sender, get(server.url))
         before = open_descriptors()

@@ -199,9 +199,7 @@ def test_key_14_many_callers_make_one_fetch() -> None:
     source = IssuerKeySource(sender, clock)
 
     with sender.held() as hold:
-        threading.Thread(
-            target=lambda: hold.entered.wait(PATIENCE_S) and hold.released.set(), daemon=True
-        ).start()
+        threading.Thread(target=hold.release_first, daemon=True).start()
         found = run_in_threads(
             lambda: kids(source.keys(DISCOVERED, deadline=clock.monotonic() + PATIENCE_S)), 20
         )
@@ -282,6 +280,22 @@ def test_key_15_fault_32_keys_are_used_beyond_their_time_while_the_issuer_is_dow
         assert OLD_KIDS == kids(it.keys())
     # Once the issuer is known to be down, the loop does not wait either.
     assert OLD_KIDS == kids(it.keys(within=None))
+
+
+def test_key_15_nobody_waits_for_a_refresh_while_the_issuer_is_in_trouble() -> None:
+    background = Background()
+    it = Source({JWKS: [served(OLD), DOWN]}, submit=background)
+    it.refusal(lambda: it.keys(within=0.02))
+    background.run()
+    it.clock.advance(TTL_S - RETRY_S)
+    it.keys(within=None)
+    background.run()
+    it.clock.advance(RETRY_S)
+
+    # The next attempt is under way and nothing runs it: whoever waited would hang.
+    assert OLD_KIDS == kids(it.keys(within=None))
+    assert "connect_failed" == it.refusal(lambda: it.newer(within=None)).reason
+    assert 1 == background.run()
 
 
 def test_fault_33_keys_are_not_used_beyond_the_stale_bound() -> None:
@@ -371,9 +385,7 @@ def test_key_10_fault_34_callers_that_came_meanwhile_get_the_new_set_too() -> No
     record.fetched = type(record.fetched)(record.fetched.jwks, clock.monotonic() - 10, clock.monotonic() - 10)
 
     with sender.held() as hold:
-        threading.Thread(
-            target=lambda: hold.entered.wait(PATIENCE_S) and hold.released.set(), daemon=True
-        ).start()
+        threading.Thread(target=hold.release_first, daemon=True).start()
         found = run_in_threads(
             lambda: kids(source.newer_keys(PLAIN, deadline=clock.monotonic() + PATIENCE_S)), 20
         )
