@@ -21,7 +21,7 @@ import hashlib
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from kong_token_exchange.errors import RemoteProtocolError
@@ -130,6 +130,32 @@ class FailedPlugin:
 
     def close(self) -> None:
         """Nothing was opened."""
+
+
+def candidate_ids(digest: bytes) -> Iterator[int]:
+    """Yield the numbers an instance may have, the one derived from *digest* first, without end."""
+    instance_id = int.from_bytes(digest[:4], "big") & _ID_BITS
+    while True:
+        # 0 is what protobuf reads from an absent field: not an id.
+        if instance_id != 0:
+            yield instance_id
+        instance_id = (instance_id + 1) & _ID_BITS
+
+
+def make_instance(
+    plugin: PluginType, name: str, config: bytes, *, failure: Outcome, log: FaultLog
+) -> Instance:
+    """
+    Start *plugin* with Kong's JSON; one that raises becomes an instance that answers *failure*.
+
+    The id and the digest are left to the caller.
+    """
+    try:
+        return Instance(name, plugin.start(wire.decode_config(config)))
+    except BaseException as error:  # noqa: BLE001 - SystemExit of a plugin must not end the server
+        log.raised(f"plugin {name} did not start", error)
+        reason = f"plugin {name} did not start ({type(error).__qualname__}): it answers 500"
+        return Instance(name, FailedPlugin(reason, failure, log), failed=True)
 
 
 class InstanceRegistry(Protocol):
@@ -241,22 +267,14 @@ class LocalInstances:
         # Two configurations on one number need about 50,000 of them for an even chance.
         # Probing then makes the number depend on which came first; that is the one case
         # where an id from before a restart could name the other of the two.
-        instance_id = int.from_bytes(digest[:4], "big") & _ID_BITS
-        while True:
-            # 0 is what protobuf reads from an absent field: not an id.
-            if instance_id != 0:
-                holder = self._by_id.get(instance_id)
-                if holder is None or holder.digest == digest:
-                    return instance_id
-            instance_id = (instance_id + 1) & _ID_BITS
+        for instance_id in candidate_ids(digest):
+            holder = self._by_id.get(instance_id)
+            if holder is None or holder.digest == digest:
+                return instance_id
+        raise AssertionError("candidates do not end")
 
     def _make(self, name: str, config: bytes) -> Instance:
-        try:
-            return Instance(name, self._plugin.start(wire.decode_config(config)))
-        except BaseException as error:  # noqa: BLE001 - SystemExit of a plugin must not end the server
-            self._log.raised(f"plugin {name} did not start", error)
-            reason = f"plugin {name} did not start ({type(error).__qualname__}): it answers 500"
-            return Instance(name, FailedPlugin(reason, self._failure, self._log), failed=True)
+        return make_instance(self._plugin, name, config, failure=self._failure, log=self._log)
 
     def _adopt(self, instance: Instance, instance_id: int, digest: bytes) -> None:
         instance.instance_id = instance_id
