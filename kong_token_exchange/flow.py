@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from kong_token_exchange.config import PluginConfig
 from kong_token_exchange.core.cache_key import digest_fields
@@ -48,6 +48,7 @@ from kong_token_exchange.errors import (
     KeySelectionError,
     TokenExchangeError,
 )
+from kong_token_exchange.lease import LEASE_S, Leases, Terms
 from kong_token_exchange.ports import (
     AuditEvent,
     AuditSink,
@@ -86,7 +87,8 @@ class FlowResult:
 
     `exchanged` is None when the validated subject token itself is forwarded. `cache` is "miss"
     for the one request that made the exchange, "hit" for all that share its result. `notes` say
-    what policy let pass and an auditor should know.
+    what policy let pass and an auditor should know. `generation` is the key source's from before
+    anything was judged.
     """
 
     decision: Literal["exchange", "forward"]
@@ -95,6 +97,7 @@ class FlowResult:
     subject: Claims = field(repr=False)
     exchanged: ExchangedToken | None
     notes: tuple[str, ...] = ()
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +156,7 @@ class Flow:
             TokenExchangeError: the request is refused; every refusal has been audited.
         """
         subject: Claims | None = None
-        now = self._clock.now()
+        now, generation = self._clock.now(), self._keys.generation
         token_key = digest_fields((self._config.identity, token))
         try:
             subject = self._verified_subject(token, token_key, now=now, deadline=deadline)
@@ -162,7 +165,47 @@ class Flow:
             self.record_refusal(error, subject=subject)
             raise
         self._record_result(result)
-        return result
+        return replace(result, generation=generation)
+
+    def terms(self, result: FlowResult) -> Terms | None:
+        """
+        Say within what the same request gets the same result; None where each must be judged.
+
+        A forwarded token and a fresh exchange are audited one by one. All else that `run` judges
+        comes from the token and the configuration alone, or is one of these terms.
+        """
+        exchanged, subject, leeway = result.exchanged, result.subject, self._config.leeway
+        if result.cache != "hit" or exchanged is None or exchanged.reuse_until is None:
+            return None
+        trust = self._trust(subject.iss)
+        begins = [value - leeway for value in (subject.nbf, subject.iat) if value is not None]
+        ends = [subject.exp + leeway, exchanged.reuse_until]
+        if trust.max_age is not None:
+            if subject.iat is None:
+                return None
+            ends.append(subject.iat + trust.max_age + leeway)
+        issuers = {self._target, self._endpoints[trust.issuer]}
+        return Terms(
+            begins=max(begins, default=0.0),
+            ends=min(ends),
+            ends_monotonic=min(
+                self._clock.monotonic() + LEASE_S,
+                exchanged.reuse_until_monotonic,
+                *(self._keys.settled_until(endpoints) for endpoints in issuers),
+            ),
+            generation=result.generation,
+            exchanged=exchanged,
+        )
+
+    def leases(self) -> Leases[Any]:
+        """Return an empty set of leases over this flow's clock and keys."""
+        return Leases(self._clock, self._keys)
+
+    def hit_counter(self, result: FlowResult) -> Callable[[], None]:
+        """Return what counts one more hit like *result*."""
+        return self._metrics.counter(
+            "requests", outcome=result.decision, reason=result.relation, cache=result.cache
+        )
 
     def _act(
         self, token: str, token_key: bytes, subject: Claims, *, now: float, deadline: float | None

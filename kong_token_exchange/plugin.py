@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, cast
 
 from kong_token_exchange import __version__
@@ -42,6 +43,9 @@ PRIORITY = 1050
 
 # An operator reads of a fault once a minute, not once a request.
 ALARM_INTERVAL_S = 60.0
+
+# `Connection` as nearly every client sends it: it names no header, so nothing is to be judged.
+_PLAIN_CONNECTIONS = frozenset({"", "keep-alive", "close", "Keep-Alive", "Close"})
 
 _log = logging.getLogger("kong_token_exchange.plugin")
 
@@ -167,6 +171,8 @@ class TokenExchangeInstance:
         if not config.run_on_preflight:
             self._readers.append((Fetch("kong.request.get_method"), "method"))
         self._kinds = tuple(kind for _, kind in self._readers)
+        # A query or a cookie header differs from request to request: keeping answers for it is waste.
+        self._leases = flow.leases() if {"query", "cookie"}.isdisjoint(self._kinds) else None
 
     @property
     def prefetch(self) -> Sequence[Fetch]:
@@ -175,13 +181,26 @@ class TokenExchangeInstance:
 
     def warm(self, facts: Facts) -> Outcome | None:
         """Answer from memory, or None where the network is needed."""
+        leases = self._leases
+        if leases is None or facts[0] not in _PLAIN_CONNECTIONS:
+            return self._judge(facts, None)
+        # Neither a plain `Connection`, which comes first, nor a method, which comes last, holds a NUL.
+        key = sha256("\0".join(facts).encode("utf-8", "surrogatepass")).digest()
+        return leases.find(key) or self._judge(facts, key)
+
+    def _judge(self, facts: Facts, key: bytes | None) -> Outcome | None:
         try:
             decided = self._decide(dict(zip(self._kinds, facts, strict=True)), deadline=None)
         except NotInMemoryError:
             return None
         if isinstance(decided, Answer):
             return decided.encode()
-        return self._encode_result(*decided)
+        outcome = self._encode_result(*decided)
+        result = decided[1]
+        terms = self._flow.terms(result) if key is not None else None
+        if self._leases is not None and key is not None and terms is not None:
+            self._leases.give(key, terms, outcome, self._flow.hit_counter(result))
+        return outcome
 
     def access(self, kong: Any) -> None:
         """Answer with whatever it takes, within the configured deadline."""

@@ -88,6 +88,15 @@ class KeySource(Protocol):
         """
         ...
 
+    @property
+    def generation(self) -> int:
+        """A number that changes with every document or key set that was fetched."""
+        ...
+
+    def settled_until(self, endpoints: IssuerEndpoints) -> float:
+        """Return until when, on the monotonic clock, `keys` would only say again what it said last."""
+        ...
+
     def token_endpoint(self, endpoints: IssuerEndpoints, *, deadline: float | None) -> str:
         """
         Return the issuer's token endpoint.
@@ -115,6 +124,7 @@ class ExchangedToken:
     `reuse_until` is NumericDate, `reuse_until_monotonic` the same instant on the monotonic
     clock; the earlier one counts. `fingerprint` is that of the key that verified it, None where
     its signature was not looked at. `rendered` is the plugin's, for what it made of the token.
+    `dropped` is set once the cache has let go of it because it must not be handed out.
     """
 
     token: Secret
@@ -123,6 +133,7 @@ class ExchangedToken:
     reuse_until_monotonic: float
     fingerprint: bytes | None = field(default=None, repr=False)
     rendered: object = field(default=None, repr=False)
+    dropped: bool = False
 
 
 class TokenCache(Protocol):
@@ -179,4 +190,8 @@ class Metrics(Protocol):
 
     def count(self, name: str, **labels: str) -> None:
         """Add one."""
+        ...
+
+    def counter(self, name: str, **labels: str) -> Callable[[], None]:
+        """Return what adds one to the same count each time it is called."""
         ...

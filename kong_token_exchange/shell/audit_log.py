@@ -16,6 +16,7 @@ import json
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kong_token_exchange.ports import AuditEvent, Clock
@@ -104,9 +105,18 @@ class CountingMetrics:
 
     def count(self, name: str, **labels: str) -> None:
         """Add one to the counter of that name and those labels."""
+        self.counter(name, **labels)()
+
+    def counter(self, name: str, **labels: str) -> Callable[[], None]:
+        """Return what adds one to that counter: for a place that counts the same thing at every request."""
         key = name + "".join(f",{label}={value}" for label, value in labels.items())
-        with self._lock:
-            self._counts[key] += 1
+        counts, lock = self._counts, self._lock
+
+        def add() -> None:
+            with lock:
+                counts[key] += 1
+
+        return add
 
     def snapshot(self) -> dict[str, int]:
         """Return all counters."""

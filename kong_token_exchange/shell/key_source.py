@@ -18,6 +18,7 @@ Source: docs/adr/0004-keys.md; docs/security.md KEY-10 to KEY-17.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -140,6 +141,8 @@ class IssuerKeySource:
         self._records: dict[IssuerEndpoints, _Record] = {}
         self._records_lock = threading.Lock()
         self._submit = submit or _start_thread
+        self._generations = itertools.count(1)
+        self.generation = 0
 
     def keys(self, endpoints: IssuerEndpoints, *, deadline: float | None) -> JwkSet:
         """Return the issuer's keys, from memory where their age allows it."""
@@ -174,6 +177,15 @@ class IssuerKeySource:
             # The key may exist: whoever holds it must not be told that the token is bad (FAULT-38).
             raise record.unavailable()
         return None
+
+    def settled_until(self, endpoints: IssuerEndpoints) -> float:
+        """Return when the set in memory is due: for a refresh, and once a second while that fails."""
+        fetched = self._record(endpoints).fetched
+        now = self._clock.monotonic()
+        if fetched is None:
+            return now
+        refresh_at, stale_at = fetched.began_at + REFRESH_S, fetched.began_at + STALE_S
+        return refresh_at if now < refresh_at else min(now + RETRY_S, stale_at)
 
     def token_endpoint(self, endpoints: IssuerEndpoints, *, deadline: float | None) -> str:
         """Return the configured or discovered token endpoint."""
@@ -302,6 +314,7 @@ class IssuerKeySource:
                 # Half of the time: where the keys are may be known from before.
                 record.metadata = self._discover(endpoints, deadline - FETCH_DEADLINE_S / 2)
                 record.metadata_at = began_at
+                self.generation = next(self._generations)
             except TokenExchangeError as error:
                 trouble = error
         jwks_uri = endpoints.jwks_uri or self._known_jwks_uri(record, began_at)
@@ -311,6 +324,7 @@ class IssuerKeySource:
         if jwks.dropped:
             _log.info("keys of %s not used: %s", endpoints.issuer, ",".join(jwks.dropped))
         record.fetched = _Fetched(jwks, began_at, self._clock.monotonic())
+        self.generation = next(self._generations)
         if trouble is not None:
             # Fresh keys from where they were known to be; that the document is refused stays an alarm.
             raise trouble

@@ -83,7 +83,9 @@ class MemoryTokenCache:
     def forget_exchanged(self, key: bytes) -> None:
         """Drop an exchanged token that its caller no longer trusts."""
         with self._lock:
-            self._exchanged.pop(key, None)
+            entry = self._exchanged.pop(key, None)
+        if entry is not None:
+            entry.dropped = True
 
     def exchange_once(
         self, key: bytes, exchange: Callable[[], ExchangedToken], *, deadline: float, store: bool

@@ -142,6 +142,9 @@ class FakeKeySource:
         self.endpoint = token_endpoint
         self.newer: dict[str, JwkSet | BaseException | None] = {}
         self.cold: set[str] = set()
+        # Changed by a test that changes what a fetch brings.
+        self.generation = 0
+        self.settled = float("inf")
         self.asked: Counter[str] = Counter()
         self.asked_newer: Counter[str] = Counter()
 
@@ -156,6 +159,9 @@ class FakeKeySource:
         self.asked_newer[endpoints.issuer] += 1
         newer = self.newer.get(endpoints.issuer)
         return None if newer is None else _given(newer)
+
+    def settled_until(self, endpoints: IssuerEndpoints) -> float:
+        return self.settled
 
     def token_endpoint(self, endpoints: IssuerEndpoints, *, deadline: float | None) -> str:
         self._wait(endpoints.issuer, deadline)
@@ -186,7 +192,11 @@ class FakeMetrics:
         self.counts: Counter[str] = Counter()
 
     def count(self, name: str, **labels: str) -> None:
-        self.counts[name + "".join(f",{label}={value}" for label, value in labels.items())] += 1
+        self.counter(name, **labels)()
+
+    def counter(self, name: str, **labels: str) -> Callable[[], None]:
+        key = name + "".join(f",{label}={value}" for label, value in labels.items())
+        return lambda: self.counts.update([key])
 
 
 # --- messages -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kong_token_exchange.errors import (
     TokenExchangeError,
 )
 from kong_token_exchange.flow import FlowResult
+from kong_token_exchange.lease import Leases, Terms
 from kong_token_exchange.plugin import ALARM_INTERVAL_S, PRIORITY, TokenExchangeInstance, TokenExchangePlugin
 from kong_token_exchange.pluginserver.pdk import METHODS
 from kong_token_exchange.pluginserver.wire import (
@@ -28,6 +29,7 @@ from kong_token_exchange.pluginserver.wire import (
 )
 from kong_token_exchange.ports import ExchangedToken, NotInMemoryError
 from kong_token_exchange.secret import Secret
+from tests.support.fakes import FakeKeySource
 
 ISSUER = "https://idp.test"
 CLAIMS = Claims(
@@ -71,6 +73,13 @@ class FakeFlow:
 
     def record_refusal(self, error: TokenExchangeError) -> None:
         self.refusals.append(error)
+
+    def leases(self) -> Leases[Any]:
+        return Leases(FakeClock(), FakeKeySource({}))
+
+    def terms(self, result: FlowResult) -> Terms | None:
+        """Every answer here is judged; tests/unit/test_lease.py has those that stand."""
+        return None
 
 
 def exchanged(_: float | None = None, *, cache: Any = "hit") -> FlowResult:
