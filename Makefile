@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast check lint types imports generated fmt clean
+.PHONY: setup demo test test-fast bench soak check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -23,6 +23,14 @@ test: $(READY)
 # Everything that needs no Java and no second process
 test-fast: $(READY)
 	$(BIN)/pytest tests/unit tests/protocol
+
+# Ratios against kong-pdk and a server in C, in one run: make bench [JSON=path]
+bench: $(READY)
+	$(BIN)/python -m benchmarks.bench $(if $(JSON),--json $(JSON))
+
+# 200,000 events with exits, exceptions and clients that vanish
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak
 
 check: lint types imports generated
 
