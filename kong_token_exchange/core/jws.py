@@ -11,7 +11,6 @@ Source: RFC 7515; RFC 8725.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -106,10 +105,8 @@ def decode_base64url(text: str) -> bytes:
     """
     if not _BASE64URL.fullmatch(text) or len(text) % 4 == 1:
         raise MalformedTokenError(reason="jws_base64url")
-    try:
-        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except (binascii.Error, ValueError):
-        raise MalformedTokenError(reason="jws_base64url") from None
+    # Of this alphabet and length nothing is left that the decoder would refuse or skip.
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     if len(text) % 4 and base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii") != text:
         raise MalformedTokenError(reason="jws_base64url")
     return data

@@ -49,7 +49,7 @@ def test_set_is_read_in_the_order_of_the_document() -> None:
     assert [key.crv for key in jwks.keys] == [None, None, "P-256", "P-384", "P-521", "Ed25519"]
     assert jwks.dropped == ()
     assert len({key.fingerprint for key in jwks.keys}) == 6
-    assert "fingerprint" not in repr(jwks)
+    assert repr(jwks.keys[2]) == "Jwk(kty='EC', kid='issuer-ES256', alg='ES256', crv='P-256')"
 
 
 # --- the document ---------------------------------------------------------------------
@@ -128,8 +128,12 @@ def rsa_member(modulus: int, exponent: int = 65537) -> dict[str, Any]:
     return {"kty": "RSA", "kid": "k", "n": b64_uint(modulus), "e": b64_uint(exponent)}
 
 
-def roca_modulus() -> int:
-    """Return a modulus of the shape of CVE-2017-15361: a power of 65537 modulo every small prime."""
+# Where 65537 does not generate every residue (Nemec et al., ACM CCS 2017).
+TELLING_PRIMES = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+
+
+def roca_modulus(*, but_for: int | None = None) -> int:
+    """Return a modulus of CVE-2017-15361: a power of 65537 modulo every small prime, *but_for* one."""
     product = 1
     for prime in (
         2,
@@ -158,8 +162,12 @@ def roca_modulus() -> int:
         157,
     ):
         product *= prime
-    power = pow(65537, 12345, product)
-    return power + product * (2**2047 // product + 1)
+    residue = pow(65537, 12345, product)
+    if but_for is not None:
+        powers = {pow(65537, exponent, but_for) for exponent in range(but_for)}
+        while residue % but_for in powers or residue % but_for == 0:
+            residue += product // but_for
+    return residue + product * (2**2047 // product + 1)
 
 
 GOOD_N = int(private_key("RS256").public_key().public_numbers().n)  # type: ignore[union-attr]
@@ -258,6 +266,11 @@ def test_key_27_borders_of_rsa_keys_are_kept() -> None:
 
 def test_key_27_and_key_31_bounds_are_those_that_were_decided() -> None:
     assert (MIN_RSA_BITS, MAX_RSA_BITS, MAX_KEYS, MAX_SET_BYTES) == (2048, 8192, 100, 256 * 1024)
+
+
+@pytest.mark.parametrize("prime", [pytest.param(prime, id=f"KEY-27-{prime}") for prime in TELLING_PRIMES])
+def test_modulus_that_is_no_power_modulo_one_prime_is_not_of_roca(prime: int) -> None:
+    assert kept(rsa_member(roca_modulus(but_for=prime))) == ["k"]
 
 
 def test_key_27_ordinary_moduli_have_not_the_shape_of_roca() -> None:

@@ -119,6 +119,18 @@ def test_depth_counts_arrays_and_objects(depth: int, opening: str, closing: str)
             read(text)
 
 
+@pytest.mark.parametrize("inner", [MAX_DEPTH - 2, MAX_DEPTH - 1, MAX_DEPTH])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("beside", ["[]," * 40 + "%s", "%s" + ",{}" * 40], ids=["after", "before"])
+def test_depth_is_that_of_the_deepest_place(inner: int, opening: str, closing: str, beside: str) -> None:
+    text = f"[{beside % (opening * inner + '1' + closing * inner)}]"
+    if inner < MAX_DEPTH:
+        read(text)
+    else:
+        with pytest.raises(JsonError, match="too_deep"):
+            read(text)
+
+
 def test_depth_is_the_one_that_was_decided() -> None:
     assert MAX_DEPTH == 32
 

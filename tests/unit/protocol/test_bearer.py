@@ -306,6 +306,7 @@ def test_unforeseen_errors_are_a_constant_500(error: BaseException) -> None:
     answer = render(error)
 
     assert (answer.status, answer.headers.get("WWW-Authenticate")) == (500, None)
+    assert "Retry-After" not in answer.headers
     assert json.loads(answer.body) == {
         "error": "server_error",
         "error_description": "the gateway could not process the request",
