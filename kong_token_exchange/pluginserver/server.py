@@ -11,6 +11,7 @@ Source: docs/plugin-socket.md; docs/adr/0002-own-plugin-server.md.
 from __future__ import annotations
 
 import contextlib
+import grp
 import logging
 import os
 import resource
@@ -18,14 +19,17 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Protocol
 
 from kong_token_exchange.pluginserver.connection import Host, Limits
-from kong_token_exchange.pluginserver.contract import PluginType
+from kong_token_exchange.pluginserver.contract import Outcome, PluginType
 from kong_token_exchange.pluginserver.faults import FaultLog, Faults, make_faults
-from kong_token_exchange.pluginserver.instances import LocalInstances
+from kong_token_exchange.pluginserver.instances import InstanceRegistry, LocalInstances
 from kong_token_exchange.pluginserver.loop import DEFAULT_DEADLINE_S, Loop
 from kong_token_exchange.pluginserver.offload import DEFAULT_QUEUE_FACTOR, DEFAULT_THREADS, Pool, Post
+from kong_token_exchange.pluginserver.parent import Parent
 
 # The owner alone: Kong starts the server as the user its workers run as. A sidecar under
 # another user needs a group and 0660, in a directory of its own.
@@ -40,17 +44,42 @@ _MAX_PATH_BYTES = 107
 logger = logging.getLogger(__name__)
 
 
+class MakeRegistry(Protocol):
+    """Makes the registry of a process."""
+
+    def __call__(self, plugin: PluginType, *, failure: Outcome, log: FaultLog) -> InstanceRegistry:
+        """Make it."""
+
+
+class Stoppable(Protocol):
+    """What a signal can ask to end in good order."""
+
+    def request_stop(self) -> None:
+        """Ask for an orderly end; safe in a signal handler and in any thread."""
+
+    def wake_fd(self) -> int:
+        """Return the descriptor for `signal.set_wakeup_fd`."""
+
+
 class SocketPath:
     """A listening unix socket at a path that another process may take over."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: int = DEFAULT_SOCKET_MODE) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], mode: int = DEFAULT_SOCKET_MODE, group: str | None = None
+    ) -> None:
         """
         Bind, listen, and put the socket at *path*, replacing what is there.
 
+        Args:
+            path: Where; in a directory of its own if others share the machine.
+            mode: Permission bits.
+            group: Name or number of the group it belongs to; this process's by default.
+
         Raises:
-            OSError: the path cannot be bound.
-            ValueError: the path is too long for a unix socket.
+            OSError: the path cannot be bound, or the group not given.
+            ValueError: the path is too long for a unix socket, or the group unknown.
         """
+        group_id = -1 if group is None else _group_id(group)
         self.path = Path(path)
         temporary = Path(f"{self.path}.{os.getpid()}")
         if len(os.fsencode(temporary)) > _MAX_PATH_BYTES:
@@ -60,6 +89,8 @@ class SocketPath:
             temporary.unlink(missing_ok=True)
             self.socket.bind(os.fspath(temporary))
             # Nobody can connect before `listen`, so the mode is right from the first connection.
+            if group_id != -1:
+                os.chown(temporary, -1, group_id)
             temporary.chmod(mode)
             self.socket.listen(_BACKLOG)
             status = temporary.lstat()
@@ -79,6 +110,15 @@ class SocketPath:
                 self.path.unlink()
 
 
+def _group_id(group: str) -> int:
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ValueError(f"no such group: {group}") from None
+
+
 def make_loop(
     plugin: PluginType,
     *,
@@ -88,6 +128,8 @@ def make_loop(
     faults: Faults | None = None,
     limits: Limits | None = None,
     log: FaultLog | None = None,
+    make_registry: MakeRegistry | None = None,
+    loop_class: Callable[..., Loop] = Loop,
 ) -> Loop:
     """
     Put a loop together for *plugin*; give it sockets with `listen` or `adopt`.
@@ -101,17 +143,19 @@ def make_loop(
         faults: The constant answers to faults, see `make_faults`.
         limits: How much of Kong's bytes is held.
         log: Where faults are noted.
+        make_registry: Makes the registry of instances; one of this process alone by default.
+        loop_class: Takes the place of `Loop`.
     """
     chosen_faults = faults or make_faults()
     chosen_log = log or FaultLog(logger)
     waiting = threads * DEFAULT_QUEUE_FACTOR if queue_limit is None else queue_limit
-    registry = LocalInstances(plugin, failure=chosen_faults.server_error, log=chosen_log)
+    registry = (make_registry or LocalInstances)(plugin, failure=chosen_faults.server_error, log=chosen_log)
     host = Host(plugin, registry, faults=chosen_faults, log=chosen_log, limits=limits)
 
     def make_pool(post: Callable[[Post], None]) -> Pool:
         return Pool(threads=threads, queue_limit=waiting, faults=chosen_faults, log=chosen_log, post=post)
 
-    return Loop(host, make_pool, deadline_s=deadline_s)
+    return loop_class(host, make_pool, deadline_s=deadline_s)
 
 
 def serve(
@@ -119,6 +163,8 @@ def serve(
     *,
     socket_path: str | os.PathLike[str],
     socket_mode: int = DEFAULT_SOCKET_MODE,
+    socket_group: str | None = None,
+    exit_with_parent: bool = False,
     threads: int = DEFAULT_THREADS,
     queue_limit: int | None = None,
     deadline_s: float = DEFAULT_DEADLINE_S,
@@ -132,6 +178,8 @@ def serve(
         plugin: What to serve.
         socket_path: Where Kong connects; replaced if it is there.
         socket_mode: Permission bits of the socket.
+        socket_group: Name or number of the socket's group; this process's by default.
+        exit_with_parent: Whether to stop, as on SIGTERM, when the parent process is gone.
         threads: See `make_loop`.
         queue_limit: See `make_loop`.
         deadline_s: See `make_loop`.
@@ -144,15 +192,16 @@ def serve(
     Raises:
         OSError, ValueError: the path cannot be bound, a number makes no sense.
     """
-    _raise_descriptor_limit()
+    parent = Parent()
+    raise_descriptor_limit()
     # First, since numbers that make no sense must not cost a running server its path.
     loop = make_loop(plugin, threads=threads, queue_limit=queue_limit, deadline_s=deadline_s, faults=faults)
     try:
-        listener = SocketPath(socket_path, socket_mode)
+        listener = SocketPath(socket_path, socket_mode, socket_group)
         try:
             loop.listen(listener.socket)
             logger.info("plugin %s listens on %s", plugin.name, socket_path)
-            with _stopped_by_signals(loop):
+            with stopped_by_signals(loop), parent.watched(loop) if exit_with_parent else nullcontext():
                 if ready is not None:
                     ready()
                 loop.run()
@@ -165,7 +214,8 @@ def serve(
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(loop: Loop) -> Iterator[None]:
+def stopped_by_signals(loop: Stoppable) -> Iterator[None]:
+    """End *loop* in good order on SIGTERM and SIGINT; in another thread than the main one do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -180,7 +230,8 @@ def _stopped_by_signals(loop: Loop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _raise_descriptor_limit() -> None:
+def raise_descriptor_limit() -> None:
+    """Allow this process and its children as many descriptors as it may have."""
     # Every connection is one: 256 per gateway worker and more under load.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
