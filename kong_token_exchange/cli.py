@@ -2,6 +2,7 @@
 The command `kong-token-exchange`.
 
     serve      run the plugin server on a unix socket
+    ready      tell whether an instance could be started now
     describe   print what Kong's query command reads
     schema     print, write or check the files generated from the schema
     demo       start a gateway, issuers and an upstream on loopback and show each decision
@@ -16,8 +17,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kong_token_exchange import __version__
+
+if TYPE_CHECKING:
+    from kong_token_exchange.pluginserver.contract import PluginType
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_ready(commands)
     _add_describe(commands)
     _add_schema(commands)
     _add_demo(commands)
@@ -54,7 +60,16 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="OCTAL",
         help="permissions of the socket (default: 600); Kong's worker user must be able to connect",
     )
-    serve.add_argument("--threads", type=int, default=64, help="threads for exchanges (default: 64)")
+    serve.add_argument("--socket-group", metavar="GROUP", help="group of the socket, by name or number")
+    serve.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    serve.add_argument(
+        "--exit-with-parent",
+        action="store_true",
+        help="end when the process that started this one is gone: for Kong's start_cmd, not for a sidecar",
+    )
+    serve.add_argument(
+        "--threads", type=int, default=64, help="threads for exchanges in each process (default: 64)"
+    )
     serve.add_argument(
         "--deadline",
         type=float,
@@ -85,7 +100,7 @@ def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
 
 def _run_serve(options: argparse.Namespace) -> int:
     # Imported here: the query command must answer without loading HTTP and cryptography.
-    from kong_token_exchange.pluginserver.server import serve  # noqa: PLC0415 - see above
+    from kong_token_exchange.pluginserver.supervisor import serve_workers  # noqa: PLC0415 - see above
     from kong_token_exchange.wiring import Shells, constant_faults  # noqa: PLC0415 - see above
 
     # Kong merges both streams into its error log, line by line.
@@ -96,21 +111,46 @@ def _run_serve(options: argparse.Namespace) -> int:
     )
     # urllib3 logs request lines at debug; they hold no token, but nothing of ours depends on them.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
-    shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
+
+    def make_plugin() -> PluginType:
+        # In each worker, after the fork: connections, threads and caches are never shared.
+        shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
+        return shells.make_plugin(max_deadline_ms=int(options.deadline * 1000))
+
     try:
-        serve(
-            shells.make_plugin(max_deadline_ms=int(options.deadline * 1000)),
-            deadline_s=options.deadline,
-            faults=constant_faults(),
+        return serve_workers(
+            make_plugin,
+            workers=options.workers,
             socket_path=options.socket,
             socket_mode=options.socket_mode,
+            socket_group=options.socket_group,
+            exit_with_parent=options.exit_with_parent,
             threads=options.threads,
+            deadline_s=options.deadline,
+            faults=constant_faults(),
         )
     except (OSError, ValueError) as exc:
         # A path that cannot be bound, a number that makes no sense: a line, not a traceback.
         print(f"kong-token-exchange serve: {options.socket}: {exc}", file=sys.stderr)
         return 1
-    return 0
+
+
+# --- ready ----------------------------------------------------------------------------
+
+
+def _add_ready(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ready = commands.add_parser("ready", help="exit 0 when an instance could be started now")
+    ready.add_argument("--socket", required=True, metavar="PATH", help="socket of the plugin server")
+    ready.add_argument("--alive", action="store_true", help="only whether somebody accepts connections")
+    ready.add_argument("--timeout", type=float, default=2.0, metavar="SECONDS", help="(default: 2)")
+    ready.set_defaults(run=_run_ready)
+
+
+def _run_ready(options: argparse.Namespace) -> int:
+    from kong_token_exchange.pluginserver.ready import is_alive, is_ready  # noqa: PLC0415 - as serve
+
+    probe = is_alive if options.alive else is_ready
+    return 0 if probe(options.socket, timeout_s=options.timeout) else 1
 
 
 # --- describe and schema --------------------------------------------------------------

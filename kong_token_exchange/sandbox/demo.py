@@ -108,7 +108,7 @@ def serve_command(
 ) -> list[str]:
     """Return the command that serves the plugin, with names of the compose network resolved."""
     command = [sys.executable, "-m", "kong_token_exchange", "serve", "--socket", str(socket_path)]
-    command += ["--log-level", log_level]
+    command += ["--exit-with-parent", "--log-level", log_level]
     for name, (host, port) in resolve.items():
         command += ["--resolve", f"{name}={host}:{port}"]
     return command

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kong_token_exchange.cli import main
+from tests.support.gateways import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,3 +82,20 @@ def test_serve_says_why_a_socket_cannot_be_bound(tmp_path: Path) -> None:
     assert 1 == done.returncode
     assert "Traceback" not in done.stderr
     assert "absent" in done.stderr
+
+
+def test_ready_tells_by_its_exit_status(tmp_path: Path) -> None:
+    assert 1 == main(["ready", "--socket", str(tmp_path / "absent.socket"), "--timeout", "0.2"])
+
+
+def test_two_workers_serve_are_ready_and_end_at_sigterm(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.socket")
+    command = [sys.executable, "-m", "kong_token_exchange", "serve", "--workers", "2", "--socket", path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert wait_until(lambda: main(["ready", "--socket", path]) == 0, timeout_s=60)
+            assert 0 == main(["ready", "--alive", "--socket", path])
+        finally:
+            process.terminate()
+        assert 0 == process.wait(60)
+    assert not Path(path).exists()
