@@ -13,6 +13,7 @@ Source: docs/operations.md.
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,7 @@ def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
 def _run_serve(options: argparse.Namespace) -> int:
     # Imported here: the query command must answer without loading HTTP and cryptography.
     from kong_token_exchange.pluginserver.supervisor import serve_workers  # noqa: PLC0415 - see above
+    from kong_token_exchange.shell.log_queue import queue_log_lines  # noqa: PLC0415 - see above
     from kong_token_exchange.wiring import Shells, constant_faults  # noqa: PLC0415 - see above
 
     # Kong merges both streams into its error log, line by line.
@@ -114,6 +116,7 @@ def _run_serve(options: argparse.Namespace) -> int:
 
     def make_plugin() -> PluginType:
         # In each worker, after the fork: connections, threads and caches are never shared.
+        atexit.register(queue_log_lines(logging.getLogger()).stop)
         shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
         return shells.make_plugin(max_deadline_ms=int(options.deadline * 1000))
 

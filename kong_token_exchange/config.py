@@ -41,6 +41,9 @@ from kong_token_exchange.protocol.exchange import ExchangeParameters
 from kong_token_exchange.schema import CONFIG, KONG_AUTH_METHODS, NOT_YET, Field
 from kong_token_exchange.secret import Secret
 
+# Sixteen spellings to clear; a header of a token in use has one or two (x-access-token).
+MAX_HEADER_HYPHENS = 4
+
 ClientMethod = Literal["client_secret_basic", "client_secret_post", "none"]
 Topic = Literal["forwarding", "narrowing", "subject", "issuer", "result", "credential", "time"]
 
@@ -597,13 +600,19 @@ def _merge_verification(entries: Sequence[tuple[str, Members]]) -> Members:
         for name in _VERIFICATION:
             if entry[name] is None:
                 continue
-            if merged[name] not in (None, entry[name]):
+            if merged[name] is not None and not _states_the_same(merged[name], entry[name]):
                 raise ConfigError(
                     f"{path}.{name}",
                     "differs between entries of the target issuer; a token is verified before one is chosen",
                 )
             merged[name] = entry[name]
     return merged
+
+
+def _states_the_same(one: object, other: object) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return set(one) == set(other)
+    return one == other
 
 
 def _build_entry(
@@ -906,7 +915,7 @@ def _build_credential(members: Members, notes: _Notes) -> CredentialSources:
     elif "cookie" in sources:
         raise ConfigError("bearer_token_cookie_name", "required with bearer_token_param_type cookie")
     if header is not None:
-        _check_match(_TOKEN, header, "bearer_token_header_name", "must be a header name")
+        _check_header_name(header, "bearer_token_header_name")
         if header.lower() in _RESERVED_HEADERS - {"authorization"}:
             raise ConfigError("bearer_token_header_name", "cannot be this header")
     for name, source in (("bearer_token_cookie_name", "cookie"), ("bearer_token_header_name", "header")):
@@ -920,11 +929,20 @@ def _build_credential(members: Members, notes: _Notes) -> CredentialSources:
     )
 
 
+def _check_header_name(name: str, path: str) -> None:
+    # nginx and CGI-style upstreams take "-" and "_" for the same, so every spelling has to be cleared
+    # from a request (OUT-02): two to the power of the hyphens.
+    _check_match(_TOKEN, name, path, "must be a header name")
+    if "_" in name or name.count("-") > MAX_HEADER_HYPHENS:
+        raise ConfigError(path, f"must have no underscore and at most {MAX_HEADER_HYPHENS} hyphens")
+
+
 def _build_upstream_header(value: str) -> UpstreamHeader:
     """Read `name:bearer` or `name`; other headers than a token's own cannot be overwritten."""
     path = "upstream_access_token_header"
     name, colon, scheme = value.partition(":")
     _check_match(_TOKEN, name, path, "must be a header name, or a header name and :bearer")
+    _check_header_name(name, path)
     if name.lower() in _RESERVED_HEADERS - {"authorization"}:
         raise ConfigError(path, "cannot be this header")
     if not colon:

@@ -10,6 +10,7 @@ Source: docs/architecture.md; Kong openid-connect (priority, phase and protocols
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,9 @@ class Alarms:
     line written through `kong.log.err` is not hidden.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, through_kong: bool = True) -> None:
         self._clock = clock
+        self._through_kong = through_kong
         self._silent_until: dict[str, float] = {}
 
     def text(self, error: TokenExchangeError) -> str | None:
@@ -120,7 +122,11 @@ class Alarms:
         # Reasons are constants of the code, so this stays small.
         self._silent_until[error.reason] = now + ALARM_INTERVAL_S
         facts = " ".join(f"{name}={value}" for name, value in error.facts.items())
-        return f"token-exchange: {error.status} {error.reason} {facts}".rstrip()[:1024]
+        text = f"token-exchange: {error.status} {error.reason} {facts}".rstrip()[:1024]
+        if self._through_kong:
+            return text
+        _log.error("%s", text)
+        return None
 
 
 # Refusals are few constants, rendered once each (protocol.bearer); so are their encodings.
@@ -152,7 +158,9 @@ class TokenExchangeInstance:
         self._config = config
         self._flow = flow
         self._clock = clock
-        self._alarms = Alarms(clock)
+        # nginx adds the request line to each line of its error log: where tokens travel in the query,
+        # an alarm of ours would put one there.
+        self._alarms = Alarms(clock, through_kong=not config.credential.query)
         # The headers a client must not have stripped: Kong removes what `Connection` lists after
         # the plugins have run (GW-20).
         self._protected = frozenset({"authorization", config.upstream_header.name.lower()})
@@ -161,9 +169,7 @@ class TokenExchangeInstance:
         ]
         source = config.credential
         if source.header:
-            self._readers.append(
-                (Fetch("kong.request.get_header", source.header_name or "authorization"), "header")
-            )
+            self._readers.append((_header_fetch(source.header_name), "header"))
         if source.query:
             self._readers.append((Fetch("kong.request.get_raw_query"), "query"))
         if source.cookie_name is not None:
@@ -302,10 +308,21 @@ class TokenExchangeInstance:
         )
 
 
+def _header_fetch(header_name: str | None) -> Fetch:
+    if header_name is None:
+        # nginx itself refuses a request with two of these.
+        return Fetch("kong.request.get_header", "authorization")
+    # Two headers of another name are joined by a comma here, and so refused; get_header would give one.
+    return Fetch("kong.nginx.get_var", "http_" + header_name.lower().replace("-", "_"))
+
+
 def _clear(*names: str) -> tuple[str, ...]:
-    """Return the names to clear, with the underscore spelling that CGI-style upstreams take for the same."""
-    spelled = {name.lower(): None for name in names}
-    spelled.update({name.replace("-", "_"): None for name in list(spelled) if "-" in name})
+    """Return the names to clear, each in every spelling that nginx or a CGI-style upstream takes for it."""
+    spelled: dict[str, None] = {}
+    for name in names:
+        parts = name.lower().split("-")
+        for joints in itertools.product("-_", repeat=len(parts) - 1):
+            spelled["".join(itertools.chain(*zip(parts, (*joints, ""), strict=True)))] = None
     return tuple(spelled)
 
 
@@ -346,6 +363,8 @@ class MisconfiguredInstance:
     prefetch: Sequence[Fetch] = ()
 
     def __init__(self, error: ConfigError, clock: Clock) -> None:
+        # A file that was missing may be there at the next start of the very same configuration.
+        self.start_again = error.path == "ca_file"
         self._error = ConfigurationInvalidError(
             reason="config_invalid", facts={"path": error.path, "mistake": error.message}
         )

@@ -54,7 +54,7 @@ def find_widening(
     if policy.allowed_scopes is not None and not scopes <= policy.allowed_scopes:
         found.append("scope_not_allowed")
     if result is not None:
-        if policy.allowed_audience is not None and not _within(result.aud, policy.allowed_audience):
+        if policy.allowed_audience is not None and not _within(result, policy.allowed_audience):
             found.append("audience_not_allowed")
         if policy.max_lifetime is not None and result.exp - now > policy.max_lifetime + leeway:
             found.append("lifetime_not_allowed")
@@ -87,8 +87,11 @@ def check_same_subject(policy: ResultPolicy, *, relation: Relation, subject: Cla
     return bool(pairs)
 
 
-def _within(aud: Sequence[str], allowed: frozenset[str]) -> bool:
-    return bool(aud) and allowed.issuperset(aud)
+def _within(result: Claims, allowed: frozenset[str]) -> bool:
+    # Where `audience_claim` names another member, the standard one is judged, too: the upstream reads it.
+    standard = result.members.get("aud")
+    named = standard if isinstance(standard, list) else [] if standard is None else [standard]
+    return bool(result.aud) and allowed.issuperset(result.aud) and all(value in allowed for value in named)
 
 
 def _subject_pairs(policy: ResultPolicy, relation: Relation) -> Sequence[ClaimPair]:

@@ -240,7 +240,8 @@ class PluginType(Protocol):
         Runs on the loop: may read a file, must not wait for the network. One that
         raises is replaced by an instance that answers 500 to every event, since
         the protocol has no error reply; a plugin that wants to say more returns
-        such an instance of its own.
+        such an instance of its own, with a true `start_again` where another start
+        of the same configuration may go better.
 
         Args:
             config: Kong's JSON, defaults filled in, with `__plugin_id` and its like.

@@ -33,7 +33,7 @@ from kong_token_exchange.pluginserver.pdk import Kong
 # `__seq__` is a counter that Kong increments whenever it builds its plugin list:
 # it differs between two starts of the same thing. `__plugin_id`, `__key__`, `__ws_id`,
 # `route_id` and `service_id` stay in the hash: they say whose configuration it is, so two
-# plugin entities with equal settings never share an id (or a cache).
+# plugin entities with equal settings never share an id.
 PER_BUILD_MEMBERS = frozenset({"__seq__"})
 
 _ID_BITS = 0x7FFF_FFFF
@@ -151,7 +151,8 @@ def make_instance(
     The id and the digest are left to the caller.
     """
     try:
-        return Instance(name, plugin.start(wire.decode_config(config)))
+        started = plugin.start(wire.decode_config(config))
+        return Instance(name, started, failed=getattr(started, "start_again", False))
     except BaseException as error:  # noqa: BLE001 - SystemExit of a plugin must not end the server
         log.raised(f"plugin {name} did not start", error)
         reason = f"plugin {name} did not start ({type(error).__qualname__}): it answers 500"

@@ -5,8 +5,8 @@ A guard before the token endpoint: breaker, rest and shedding, one state per end
   goes first, and the others follow only when it succeeds.
 - *Rest*: a 429, or a 503 with Retry-After, is obeyed for every caller. Without a usable
   Retry-After the wait starts at a second and doubles, with jitter.
-- *Shedding*: no more than so many exchanges are under way, so that one slow issuer never takes
-  all threads of the plugin server.
+- *Shedding*: no more than so many exchanges are under way at one endpoint. Callers that wait for
+  another one's exchange of the same token are not counted: they hold threads of their own.
 
 A refusal of the token is no fault and never opens anything.
 
@@ -26,8 +26,11 @@ from kong_token_exchange.errors import DeadlineError, IssuerUnavailableError
 from kong_token_exchange.ports import Clock, HttpSender, Metrics
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 
-# The plugin server has 64 threads by default: a quarter is left to other issuers and to fetching keys.
+# The plugin server has 64 threads by default: distinct exchanges of one issuer leave a quarter to others.
 MAX_IN_FLIGHT = 48
+
+# An endpoint that had less than this to answer is not blamed for the deadline.
+FAIR_TIME_S = 1.0
 
 # Longest rest that a Retry-After can ask for, and the largest step of our own (FAULT-07, FAULT-08).
 MAX_REST_S = 30.0
@@ -88,11 +91,18 @@ class GuardedSender:
                 as the sender raises it.
             DeadlineError: as the sender raises it.
         """
+        time_left_s = deadline - self._clock.monotonic()
+        if time_left_s <= 0:
+            raise DeadlineError(reason="deadline")
         endpoint = self._endpoint(request.url)
         probe = self._enter(endpoint)
         try:
             response = self._sender.send(request, deadline=deadline, max_body=max_body)
-        except (IssuerUnavailableError, DeadlineError):
+        except DeadlineError:
+            # Who comes with little time left says nothing of the endpoint.
+            self._leave(endpoint, probe=probe, fault=True if time_left_s >= FAIR_TIME_S else None)
+            raise
+        except IssuerUnavailableError:
             self._leave(endpoint, probe=probe, fault=True)
             raise
         except BaseException:

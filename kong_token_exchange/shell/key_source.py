@@ -51,6 +51,9 @@ FETCH_DEADLINE_S = 4.0
 # How long callers wait for a fetch that a set in memory makes optional: a slow issuer must not fill
 # the thread pool with those who could be answered without it.
 PATIENCE_S = 1.0
+# Half of the plugin server's threads (64) may wait for the keys of one issuer: anybody can make up a
+# key id, without any token, and a start under load needs more than a few.
+MAX_WAITING = 32
 # A set this young is as good as a newer one: fetching again shows nothing new.
 JUST_FETCHED_S = 1.0
 # After a failed fetch the next one waits: an issuer that is down is not asked for each request.
@@ -100,6 +103,7 @@ class _Record:
     unknown_key_at: float = float("-inf")
     failure: _Failure | None = None
     flight: _Flight | None = None
+    waiting: int = 0
     logged: tuple[str, float] = ("", float("-inf"))
 
     def in_trouble(self, now: float) -> bool:
@@ -156,7 +160,7 @@ class IssuerKeySource:
             return fetched.jwks
         flight = self._start(record, now)
         if age >= TTL_S and flight is not None and not record.in_trouble(now):
-            self._wait(flight, now, deadline)
+            self._wait(record, flight, now, deadline)
         newer = record.fetched
         return (newer or fetched).jwks
 
@@ -170,7 +174,7 @@ class IssuerKeySource:
             return before.jwks
         flight = self._start_for_unknown_key(record, now)
         if flight is not None and not record.in_trouble(now):
-            self._wait(flight, now, deadline)
+            self._wait(record, flight, now, deadline)
         if record.fetched is not None and record.fetched is not before:
             return record.fetched.jwks
         if flight is not None or record.in_trouble(now):
@@ -225,28 +229,42 @@ class IssuerKeySource:
             # Failing at once keeps an outage from filling the thread pool.
             self._start(record, now)
             raise record.unavailable()
+        if record.waiting >= MAX_WAITING:
+            raise record.unavailable()
         if deadline is None:
             raise NotInMemoryError
         flight = self._start(record, now)
         try:
             if flight is not None:
-                flight.landed.result(max(0.0, deadline - self._clock.monotonic()))
+                self._wait_among_others(record, flight, deadline)
         except FutureTimeoutError:
             raise DeadlineError(reason="deadline_keys", facts={"iss": record.endpoints.issuer}) from None
 
-    def _wait(self, flight: _Flight, now: float, deadline: float | None) -> None:
+    def _wait(self, record: _Record, flight: _Flight, now: float, deadline: float | None) -> None:
         """Wait for a fetch that is optional, no longer than `PATIENCE_S` from its start."""
         if flight.landed.done():
             return
         until = flight.began_at + PATIENCE_S
-        if now >= until:
+        if now >= until or record.waiting >= MAX_WAITING:
             return
         if deadline is None:
             raise NotInMemoryError
         try:
-            flight.landed.result(max(0.0, min(until, deadline) - self._clock.monotonic()))
+            self._wait_among_others(record, flight, min(until, deadline))
         except FutureTimeoutError:
             return
+
+    def _wait_among_others(self, record: _Record, flight: _Flight, until: float) -> None:
+        with record.lock:
+            crowded = record.waiting >= MAX_WAITING
+            record.waiting += not crowded
+        if crowded:
+            return
+        try:
+            flight.landed.result(max(0.0, until - self._clock.monotonic()))
+        finally:
+            with record.lock:
+                record.waiting -= 1
 
     # --- fetching ---------------------------------------------------------------------
 

@@ -1182,3 +1182,21 @@ def tell(raw: dict[str, Any]) -> list[str]:
     except ConfigError as error:
         return [str(error), *map(str, error.facts.values())]
     return [*config.warnings, *(finding.path + finding.message for finding in config.findings)]
+
+
+@pytest.mark.parametrize("path", ["bearer_token_header_name", "upstream_access_token_header"])
+@pytest.mark.parametrize("name", ["x_token", "x-to_ken", "a-b-c-d-e-f"])
+def test_out_02_a_header_whose_spellings_cannot_all_be_cleared_is_an_error(path: str, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({path: name})
+
+    assert caught.value.path == path
+
+
+def test_entries_of_the_target_may_name_the_same_algorithms_in_another_order() -> None:
+    entries = [
+        {**TARGET_ENTRY, "algorithms": ["RS256", "ES256"]},
+        {**TARGET_ENTRY, "algorithms": ["ES256", "RS256"]},
+    ]
+
+    assert set(load({ENTRY: entries}).target_rules.algorithms) == {"RS256", "ES256"}

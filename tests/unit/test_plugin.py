@@ -294,6 +294,7 @@ def test_a_flow_that_cannot_be_made_is_an_invalid_configuration() -> None:
 
     instance = TokenExchangePlugin(make, FakeClock()).start(config())
 
+    assert instance.start_again
     assert 500 == read_calls(instance.warm([]))[-1][1].status
 
 
@@ -335,6 +336,38 @@ def test_another_upstream_header_empties_the_first_place_and_look_alikes() -> No
         ("kong.service.request.clear_header", "x_token"),
         ("kong.service.request.set_header", "x-token"),
     ] == names
+
+
+@pytest.mark.parametrize("name", ["X-My-Token", "x-my-token"])
+def test_out_02_every_spelling_of_a_custom_header_is_cleared(name: str) -> None:
+    instance, _ = start(bearer_token_header_name=name)
+
+    cleared = {
+        argument
+        for call, argument in read_calls(warm(instance, header="a.b.c"))
+        if call == "kong.service.request.clear_header"
+    }
+
+    assert {"x-my-token", "x-my_token", "x_my-token", "x_my_token"} == cleared
+
+
+def test_hdr_08_two_headers_of_a_custom_name_are_refused() -> None:
+    instance, flow = start(bearer_token_header_name="X-My-Token")
+
+    assert "http_x_my_token" in [fetch.argument for fetch in instance.prefetch]
+    assert (400, []) == (warm(instance, header="a.b.c, a.b.c").status, flow.tokens)
+
+
+def test_out_12_no_alarm_goes_through_kong_where_tokens_travel_in_the_query(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failing = refused(ClientRefusedError(reason="client_refused"))
+    instance, _ = start(failing, bearer_token_param_type=["query"])
+
+    calls = read_calls(warm(instance, query="access_token=a.b.c"))
+
+    assert ["kong.response.exit"] == [name for name, _ in calls]
+    assert "token-exchange: 500 client_refused" in caplog.text
 
 
 def test_hide_credentials_false_keeps_a_forwarded_token_but_never_an_exchanged_one() -> None:

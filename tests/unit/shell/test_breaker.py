@@ -259,3 +259,27 @@ def test_res_13_more_than_the_bound_is_shed_at_once_and_the_rest_goes_on() -> No
         thread.join(10)
     assert ["200", "200"] == results
     assert "200" == send(sender)
+
+
+def test_a_deadline_that_has_passed_sends_nothing_and_blames_nobody() -> None:
+    inner = Inner(OK)
+    sender, clock, _ = guard(inner)
+
+    for _ in range(10):
+        with pytest.raises(DeadlineError):
+            sender.send(REQUEST, deadline=clock.time, max_body=100)
+
+    assert [] == inner.sent
+    assert "200" == send(sender)
+
+
+@pytest.mark.parametrize(("time_left_s", "blamed"), [(0.99, False), (1.0, True)])
+def test_an_endpoint_that_had_no_fair_time_is_not_blamed(time_left_s: float, blamed: bool) -> None:
+    sender, clock, _ = guard(Inner(DeadlineError(reason="deadline")))
+
+    for _ in range(5):
+        with pytest.raises((DeadlineError, IssuerUnavailableError)):
+            sender.send(REQUEST, deadline=clock.time + time_left_s, max_body=100)
+
+    sender._sender = Inner(OK)
+    assert ("breaker_open" if blamed else "200") == send(sender)

@@ -22,6 +22,7 @@ from kong_token_exchange.shell.key_source import (
     COOL_DOWN_S,
     FETCH_DEADLINE_S,
     JUST_FETCHED_S,
+    MAX_WAITING,
     REFRESH_S,
     RETRY_S,
     STALE_S,
@@ -834,3 +835,19 @@ def test_plain_http_is_not_asked_without_the_switch(allow_http: bool) -> None:
         assert OLD_KIDS == kids(it.keys(endpoints))
     else:
         assert ("endpoint_not_https", 0) == (it.refusal(lambda: it.keys(endpoints)).reason, it.sender.count())
+
+
+def test_res_09_no_more_than_a_bound_of_threads_wait_for_one_issuers_keys() -> None:
+    background = Background()
+    source = IssuerKeySource(FakeSender({JWKS: served(OLD)}), FakeClock(), submit=background)
+    record = source._record(PLAIN)
+    record.waiting = MAX_WAITING
+
+    # On the loop and in a thread alike: an answer at once, and no thread is asked for.
+    for deadline in (None, 2000.0):
+        with pytest.raises(IssuerUnavailableError):
+            source.keys(PLAIN, deadline=deadline)
+
+    record.waiting = MAX_WAITING - 1
+    with pytest.raises(NotInMemoryError):
+        source.keys(PLAIN, deadline=None)
