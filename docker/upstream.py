@@ -1,0 +1,42 @@
+"""
+The echo API of the compose file, with its log at a second port for whoever checks the stories.
+
+    8080   answers every request with what it received
+    8081   {"hits": N, "last": {"path": ..., "headers": [...]}}: what has reached the API so far
+
+For trying and testing only: the second port shows tokens.
+"""
+
+# ruff: noqa: INP001 - a script in an image, beside no package
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+from kong_token_exchange.sandbox.serving import HttpServer, Request, Response, json_headers
+from kong_token_exchange.sandbox.upstream import EchoUpstream
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - inside a container; the compose file publishes on loopback
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    api = EchoUpstream(host=EVERYWHERE, port=8080)
+
+    def show(_request: Request) -> Response:
+        last = api.log.last()
+        shown = (
+            None if last is None else {"path": last.path, "headers": [list(pair) for pair in last.headers]}
+        )
+        return Response(200, json_headers(), json.dumps({"hits": api.hits, "last": shown}).encode("ascii"))
+
+    with api, HttpServer(show, host=EVERYWHERE, port=8081, name="log"):
+        stopped.wait()
+
+
+if __name__ == "__main__":
+    main()
