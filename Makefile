@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast bench soak check lint types imports generated fmt clean
+.PHONY: setup demo test test-fast bench chaos soak up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -27,6 +27,17 @@ test-fast: $(READY)
 # Ratios against kong-pdk and a server in C, in one run: make bench [JSON=path]
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench $(if $(JSON),--json $(JSON))
+
+# Faults under real traffic, about 10 minutes; at full length: make chaos LONG=1
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos $(if $(LONG),--long) --report docs/resilience.md
+
+# Kong, the sidecar, Keycloak and the rest as containers: docker/README.md
+up:
+	docker compose -f docker/compose.yml up --build --wait
+
+down:
+	docker compose -f docker/compose.yml down --volumes
 
 # 200,000 events with exits, exceptions and clients that vanish
 soak: $(READY)
