@@ -120,8 +120,12 @@ class KongOnPath:
         if os.geteuid() == 0:
             values["nginx_user"] = "root root"
         self.conf.write_text("".join(f"{key} = {value}\n" for key, value in values.items()), encoding="utf-8")
-        self._kong("start", "-c", str(self.conf))
-        self._await_ready()
+        try:
+            self._kong("start", "-c", str(self.conf))
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         self.config_path.write_text(yaml.safe_dump(with_addresses(config, self.upstreams)), encoding="utf-8")
