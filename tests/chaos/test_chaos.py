@@ -51,8 +51,11 @@ class TestTheJudge:
     """The suite must be able to fail: each invariant is broken once on purpose."""
 
     @pytest.fixture
-    def stage(self) -> Stage:
-        return Stage("sandbox")
+    def stage(self) -> Iterator[Stage]:
+        # Nothing is started: the judge alone is asked.
+        made = Stage("sandbox")
+        yield made
+        made.__exit__()
 
     def test_i1_a_bad_request_upstream_is_told(self, stage: Stage) -> None:
         sent = stage.wallet.make("forged", "/orders")
