@@ -95,6 +95,9 @@ class SocketPath:
             self.socket.listen(_BACKLOG)
             status = temporary.lstat()
             self._identity = (status.st_dev, status.st_ino)
+            # While this is open the inode number goes to nobody else: draining begins with the
+            # listener's end, long before `remove`, and a newer server may take the path meanwhile.
+            self._pin = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             temporary.rename(self.path)
         except BaseException:
             self.socket.close()
@@ -108,6 +111,8 @@ class SocketPath:
             status = self.path.lstat()
             if (status.st_dev, status.st_ino) == self._identity:
                 self.path.unlink()
+        with contextlib.suppress(OSError):
+            os.close(self._pin)
 
 
 def _group_id(group: str) -> int:
