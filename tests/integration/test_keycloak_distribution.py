@@ -111,7 +111,9 @@ def test_transformation_gives_the_gateways_client_and_a_narrower_scope(
     assert (result["azp"], result["aud"], result["sub"]) == ("client-2", "orders-api", ALEX_AT_INTERNAL)
     # profile and email are default scopes of client-2: they come whether asked for or not.
     assert {"email", "orders", "profile"} == set(result["scope"].split()) == set(answer["scope"].split())
-    assert 300 == answer["expires_in"] == result["exp"] - result["iat"]
+    # A second may pass between the token and its answer.
+    assert answer["expires_in"] in (299, 300)
+    assert result["exp"] - result["iat"] == 300
 
 
 def test_audience_filters_what_the_scopes_bring(keycloak: Keycloak) -> None:
@@ -246,7 +248,8 @@ def test_assertion_of_the_partner_is_good_once(keycloak: Keycloak) -> None:
 
     assert first.status_code == 200
     assert {"issued_token_type", "refresh_token", "session_state"}.isdisjoint(first.json())
-    assert (first.json()["token_type"], first.json()["expires_in"]) == ("Bearer", 300)
+    # A second may pass between the token and its answer.
+    assert (first.json()["token_type"], first.json()["expires_in"] in (299, 300)) == ("Bearer", True)
     result = claims(first.json()["access_token"])
     assert (result["iss"], result["aud"]) == (INTERNAL, "inventory-api")
     assert (result["azp"], result["sub"]) == ("client-2", ALEX_AT_INTERNAL)
