@@ -352,3 +352,21 @@ def test_stats_tell_how_the_server_stands(path: Path) -> None:
     loop.request_stop()
     thread.join(WAIT_S)
     listener.remove()
+
+
+def test_an_old_server_never_takes_a_later_ones_socket_for_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "s.socket"
+    old = SocketPath(path)
+    middle = SocketPath(path)
+    # Draining closes the listener long before the path is looked at; the inode number is free then.
+    old.socket.close()
+    later = [SocketPath(path) for _ in range(20)]
+
+    assert all(server._identity != old._identity for server in later)
+    old.remove()
+
+    assert path.exists()
+    for server in (middle, *later):
+        server.socket.close()
+        server.remove()
+    assert not path.exists()
