@@ -86,12 +86,22 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended: str | None = None
+        self._pooled = False
         self.idle_since = 0.0
 
     @property
     def reusable(self) -> bool:
         """Tell whether the connection may go to the pool: open, and nothing unread on it."""
         return self._ended is None and not self._reader.pending_bytes()
+
+    def enter_pool(self) -> None:
+        """Lie idle: from here on whatever arrives ends the connection, as nginx does with a pooled one."""
+        self._pooled = True
+        self.idle_since = time.monotonic()
+
+    def leave_pool(self) -> None:
+        """Serve again."""
+        self._pooled = False
 
     def send(self, payload: bytes) -> None:
         """
@@ -150,8 +160,10 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Keep what arrived and wake the reader."""
+        """Keep what arrived and wake the reader; a pooled connection is closed for it."""
         self._reader.feed(data)
+        if self._pooled:
+            self.close()
         self._wake()
 
     def eof_received(self) -> bool:
@@ -191,6 +203,7 @@ class Pool:
         while self._idle:
             connection = self._idle.pop()
             if connection.reusable and time.monotonic() - connection.idle_since < _IDLE_S:
+                connection.leave_pool()
                 return connection
             connection.close()
         try:
@@ -205,7 +218,7 @@ class Pool:
         if len(self._idle) >= self._size or not connection.reusable:
             connection.close()
             return
-        connection.idle_since = time.monotonic()
+        connection.enter_pool()
         self._idle.append(connection)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kong_token_exchange.pluginserver import wire
 from kong_token_exchange.sandbox import plugin_client
 from kong_token_exchange.sandbox.gateway import SandboxGateway
+from tests.support.running import eventually
 from tests.unit.sandbox.scripted import DESCRIPTION, TIMEOUT_S, HttpClient, ScriptedPlugin, declarative, get
 
 
@@ -80,6 +81,25 @@ def test_connection_with_something_unread_is_not_used_again(bench):
 
     assert get(gateway.url).status == 200
     assert gateway._core.client.pool.opened == 2
+
+
+def test_a_pooled_connection_is_closed_by_whatever_arrives_on_it(bench):
+    sides = []
+
+    def access(event):
+        sides.append(event.side)
+        event.end()
+
+    gateway = bench(access)
+    assert get(gateway.url).status == 200
+    pool = gateway._core.client.pool
+    assert eventually(lambda: pool.idle == 1)
+
+    sides[0].write(b"unasked")
+
+    bench.plugin.wait_for(lambda: bench.plugin.left == [1])
+    assert get(gateway.url).status == 200
+    assert pool.opened == 2
 
 
 def test_connection_that_idled_too_long_is_not_used_again(bench, monkeypatch):
