@@ -32,6 +32,7 @@ from kong_token_exchange.shell.key_source import (
 )
 from tests.support.fakes import PATIENCE_S, Answer, FakeClock, FakeSender, json_response, run_in_threads
 from tests.support.minting import FakeIssuer, SigningKey, private_key, to_json
+from tests.support.running import eventually
 
 ISSUER = "https://idp.test/realms/a"
 DISCOVERY = ISSUER + "/.well-known/openid-configuration"
@@ -851,3 +852,28 @@ def test_res_09_no_more_than_a_bound_of_threads_wait_for_one_issuers_keys() -> N
     record.waiting = MAX_WAITING - 1
     with pytest.raises(NotInMemoryError):
         source.keys(PLAIN, deadline=None)
+
+
+def test_res_09_threads_that_wait_for_keys_are_counted_and_all_get_them() -> None:
+    background = Background()
+    source = IssuerKeySource(FakeSender({JWKS: served(OLD)}), SystemClock(), submit=background)
+    record = source._record(PLAIN)
+    got: list[list[str | None]] = []
+
+    def ask() -> None:
+        got.append(kids(source.keys(PLAIN, deadline=source._clock.monotonic() + 10)))
+
+    threads = [threading.Thread(target=ask) for _ in range(MAX_WAITING)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: record.waiting == MAX_WAITING)
+
+    # One more is answered at once: nothing is fetched before `run`, so waiting would take its 10 s.
+    with pytest.raises(IssuerUnavailableError):
+        source.keys(PLAIN, deadline=source._clock.monotonic() + 10)
+    assert background.run() == 1
+    for thread in threads:
+        thread.join(10)
+
+    assert [OLD_KIDS] * MAX_WAITING == got
+    assert record.waiting == 0
