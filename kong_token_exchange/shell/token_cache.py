@@ -26,6 +26,9 @@ from kong_token_exchange.ports import Clock, ExchangedToken, Metrics, VerifiedTo
 MAX_ENTRIES = 10_000
 MAX_BYTES = 64 * 1024 * 1024
 
+# A waiter whose owner ran out of time asks itself when it has this much left: an answer takes about so long.
+WORTH_A_TRY_S = 0.2
+
 # What an entry weighs beside its claims and token: the objects around them, key and links of the cache.
 _ENTRY_BYTES = 1024
 
@@ -94,7 +97,8 @@ class MemoryTokenCache:
         Run *exchange*, or wait for the one that runs for *key*.
 
         The thread that starts a flight owns it: it alone stores the result, wakes the waiters
-        with result or error, and removes the flight. A failure stores nothing.
+        with result or error, and removes the flight. A failure stores nothing. The owner's
+        deadline is no failure of the others: who has time left takes part in one more flight.
 
         Args:
             key: Everything that shapes the result.
@@ -105,16 +109,37 @@ class MemoryTokenCache:
         Raises:
             DeadlineError: another one's flight did not end in time; it goes on for its owner.
         """
+        for may_repeat in (True, False):
+            flight, landed = self._board(key, store=store)
+            if landed is not None:
+                return landed
+            if flight is None:
+                break
+            try:
+                return self._wait(flight, deadline)
+            except DeadlineError:
+                if not may_repeat or deadline - self._clock.monotonic() < WORTH_A_TRY_S:
+                    raise
+        return self._fly(key, exchange, store=store)
+
+    def _board(
+        self, key: bytes, *, store: bool
+    ) -> tuple[Future[ExchangedToken] | None, ExchangedToken | None]:
+        """Return another one's flight, or what landed meanwhile; neither, and the caller owns a new one."""
         with self._lock:
             flight = self._flights.get(key)
-            if flight is None:
-                # A flight may have landed between the caller's look-up and this lock.
-                entry = self._exchanged.get(key) if store else None
-                if entry is not None and _is_fresh(entry, self._clock.now(), self._clock.monotonic()):
-                    return entry
-                own = self._flights[key] = Future()
-        if flight is not None:
-            return self._wait(flight, deadline)
+            if flight is not None:
+                return flight, None
+            # A flight may have landed between the caller's look-up and this lock.
+            entry = self._exchanged.get(key) if store else None
+            if entry is not None and _is_fresh(entry, self._clock.now(), self._clock.monotonic()):
+                return None, entry
+            self._flights[key] = Future()
+            return None, None
+
+    def _fly(self, key: bytes, exchange: Callable[[], ExchangedToken], *, store: bool) -> ExchangedToken:
+        """Run the flight that this thread owns."""
+        own = self._flights[key]
         try:
             result = exchange()
         except BaseException as error:

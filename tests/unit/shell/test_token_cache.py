@@ -27,6 +27,7 @@ from kong_token_exchange.ports import ExchangedToken, VerifiedToken
 from kong_token_exchange.secret import Secret
 from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.token_cache import (
+    WORTH_A_TRY_S,
     MemoryTokenCache,
     weigh,
     weigh_exchanged,
@@ -310,10 +311,41 @@ class Work:
             raise self.outcome
         return self.outcome
 
+    def let_go(self) -> None:
+        self.release.set()
 
-def share(cache: MemoryTokenCache, work: Work, count: int, *, store: bool = True) -> list[Any]:
+
+class Rounds:
+    """The same over several flights, each of which is let go by itself."""
+
+    def __init__(self, *outcomes: ExchangedToken | BaseException) -> None:
+        self.outcomes = outcomes
+        self.calls = 0
+        self.turns = threading.Semaphore(0)
+
+    def __call__(self) -> ExchangedToken:
+        outcome = self.outcomes[self.calls]
+        self.calls += 1
+        assert self.turns.acquire(timeout=PATIENCE_S)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def let_go(self) -> None:
+        self.turns.release()
+
+
+def share(
+    cache: MemoryTokenCache,
+    work: Work | Rounds,
+    count: int,
+    *,
+    store: bool = True,
+    calls: int = 1,
+    time_left_s: float = PATIENCE_S,
+) -> list[Any]:
     """Let *count* callers ask while one exchange runs, which ends once all others wait for it."""
-    deadline = SystemClock().monotonic() + PATIENCE_S
+    deadline = SystemClock().monotonic() + time_left_s
     joined = threading.Semaphore(0)
     wait = cache._wait
 
@@ -322,9 +354,11 @@ def share(cache: MemoryTokenCache, work: Work, count: int, *, store: bool = True
         return wait(*flight)
 
     def let_go() -> None:
-        for _ in range(count - 1):
-            assert joined.acquire(timeout=PATIENCE_S)
-        work.release.set()
+        # In each round one owns the flight, and those before have left.
+        for done in range(calls):
+            for _ in range(count - 1 - done):
+                assert joined.acquire(timeout=PATIENCE_S)
+            work.let_go()
 
     with patch.object(cache, "_wait", join):
         releaser = threading.Thread(target=let_go, daemon=True)
@@ -333,7 +367,7 @@ def share(cache: MemoryTokenCache, work: Work, count: int, *, store: bool = True
             lambda: cache.exchange_once(KEY, work, deadline=deadline, store=store), count
         )
         releaser.join(PATIENCE_S)
-    assert 1 == work.calls
+    assert calls == work.calls
     assert {} == cache._flights
     return results
 
@@ -387,7 +421,6 @@ def test_waiters_do_not_share_one_error_instance() -> None:
         InsufficientScopeError(reason="scopes_required", scope="read write"),
         IssuerUnavailableError(reason="down", retry_after=9),
         TimestampError(claim="exp", facts={"exp": 1}),
-        DeadlineError(reason="deadline", facts={"host": "idp.test"}),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -397,6 +430,37 @@ def test_every_error_reaches_the_waiters_whole(error: TokenExchangeError) -> Non
     for result in results:
         assert isinstance(result, TokenExchangeError)
         assert (type(error), error.__dict__, str(error)) == (type(result), result.__dict__, str(result))
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["stored", "not-stored"])
+def test_the_deadline_of_one_request_is_not_that_of_the_others(store: bool) -> None:
+    clock = SystemClock()
+    result = ExchangedToken(
+        token=Secret("t"),
+        claims=None,
+        reuse_until=clock.now() + 100,
+        reuse_until_monotonic=clock.monotonic() + 100,
+    )
+    late = DeadlineError(reason="deadline", facts={"host": "idp.test"})
+    # One of those who waited owns the second flight, in which the others wait again.
+    results = share(MemoryTokenCache(clock), Rounds(late, result), 5, store=store, calls=2)
+    assert [late] == [found for found in results if isinstance(found, DeadlineError)]
+    assert [result] * 4 == [found for found in results if not isinstance(found, DeadlineError)]
+
+
+def test_one_who_has_no_time_left_asks_nobody() -> None:
+    late = DeadlineError(reason="deadline", facts={"host": "idp.test"})
+    results = share(MemoryTokenCache(SystemClock()), Work(late), 5, time_left_s=WORTH_A_TRY_S - 0.05)
+
+    assert [DeadlineError] * 5 == [type(found) for found in results]
+
+
+def test_a_second_deadline_is_the_last() -> None:
+    late = DeadlineError(reason="deadline", facts={"host": "idp.test"})
+    cache = MemoryTokenCache(SystemClock())
+    results = share(cache, Rounds(late, late), 5, calls=2)
+
+    assert [("deadline", "idp.test")] * 5 == [(found.reason, found.facts["host"]) for found in results]
 
 
 @pytest.mark.parametrize("bug", [ValueError("mark-token"), SystemExit(3), KeyboardInterrupt("mark")])
