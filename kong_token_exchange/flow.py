@@ -159,8 +159,13 @@ class Flow:
         now, generation = self._clock.now(), self._keys.generation
         token_key = digest_fields((self._config.identity, token))
         try:
-            subject = self._verified_subject(token, token_key, now=now, deadline=deadline)
-            result = self._act(token, token_key, subject, now=now, deadline=deadline)
+            verified, known = self._verified_subject(token, token_key, now=now, deadline=deadline)
+            subject = verified.claims
+            decision = self._decide(subject)
+            if not known:
+                # Only now: a token that is refused anyway must not push out those in use (CACHE-18).
+                self._cache.store_verified(token_key, verified)
+            result = self._act(token, token_key, subject, decision, now=now, deadline=deadline)
         except TokenExchangeError as error:
             self.record_refusal(error, subject=subject)
             raise
@@ -207,13 +212,24 @@ class Flow:
             "requests", outcome=result.decision, reason=result.relation, cache=result.cache
         )
 
-    def _act(
-        self, token: str, token_key: bytes, subject: Claims, *, now: float, deadline: float | None
-    ) -> FlowResult:
+    def _decide(self, subject: Claims) -> Forward | Exchange:
         decision = decide(subject, issuers=self._config.issuers, target_issuer=self._config.target.issuer)
+        if isinstance(decision, Forward):
+            self._check_forward(subject)
+        return decision
+
+    def _act(
+        self,
+        token: str,
+        token_key: bytes,
+        subject: Claims,
+        decision: Forward | Exchange,
+        *,
+        now: float,
+        deadline: float | None,
+    ) -> FlowResult:
         match decision:
             case Forward():
-                self._check_forward(subject)
                 return FlowResult(
                     decision="forward", relation="same_issuer", cache="none", subject=subject, exchanged=None
                 )
@@ -224,7 +240,8 @@ class Flow:
 
     def _verified_subject(
         self, token: str, token_key: bytes, *, now: float, deadline: float | None
-    ) -> Claims:
+    ) -> tuple[VerifiedToken, bool]:
+        """Return the token once it is verified and judged, and whether it was remembered."""
         config = self._config
         verified = self._cache.verified(token_key)
         if verified is not None:
@@ -232,9 +249,9 @@ class Flow:
             # The key that verified it must still be the issuer's.
             if not self._still_trusted(verified, trust, deadline):
                 verified = None
+        known = verified is not None
         if verified is None:
             verified, trust = self._verify_subject(token, deadline)
-            self._cache.store_verified(token_key, verified)
         claims = verified.claims
         check_timestamps(claims, now=now, leeway=config.leeway, max_age=trust.max_age)
         # An ID token only where the exchange declares one, and never of the target: it could be forwarded.
@@ -244,7 +261,7 @@ class Flow:
         check_audience(claims, accepted=trust.audience)
         check_required_claims(claims, required=trust.required_claims)
         check_client(claims, allowed=trust.clients)
-        return claims
+        return verified, known
 
     def _trust(self, iss: object) -> SubjectTokenIssuer:
         return trusted_issuer(iss, issuers=self._config.issuers, target=self._config.target_rules)

@@ -1286,6 +1286,35 @@ def test_cache_18_refused_tokens_are_not_kept() -> None:
     assert (0, 0) == (len(it.cache._verified), len(it.cache._exchanged))
 
 
+# Refused, though each is signed by a trusted issuer.
+REFUSED: dict[str, dict[str, Any]] = {
+    "expired": {"exp": NOW - 31},
+    "not-yet": {"nbf": NOW + 31},
+    "audience": {"aud": "other"},
+    "client": {"azp": "other"},
+    "claim": {"tenant": ABSENT},
+    "typ": {"header": {"typ": "other"}},
+    "bound-to-a-key": {"cnf": {"jkt": "x"}},
+    "forwarding": {"aud": "api"},
+}
+
+
+@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED.keys())
+def test_cache_18_a_flood_of_refused_tokens_pushes_nothing_out(changes: dict[str, Any]) -> None:
+    entry = {**ENTRY, "audience": ["gateway", "api"], "clients": ["web"], "required_claims": ["tenant"]}
+    raw = config_with({"audience_required": ["orders"]}, entry, {"issuer": PARTNER})
+    it = Bench(raw, cache=MemoryTokenCache(FakeClock(), max_entries=2))
+    good: dict[str, Any] = {"aud": "gateway", "azp": "web", "tenant": "a"}
+    kept = target.mint(**good)
+    it.run(kept)
+
+    for number in range(3):
+        it.refusal(target.mint(**{**good, **changes, "x": number}), within=None)
+
+    assert "hit" == it.run(kept, within=None).cache
+    assert (1, 1) == (len(it.cache._verified), len(it.cache._exchanged))
+
+
 # --- memory alone ---------------------------------------------------------------------
 
 
