@@ -59,6 +59,7 @@ from kong_token_exchange.ports import (
     KeySource,
     Metrics,
     NotInMemoryError,
+    SharedCache,
     TokenCache,
     VerifiedToken,
 )
@@ -74,6 +75,7 @@ from kong_token_exchange.protocol.exchange import (
     build_exchange_request,
     process_exchange_response,
 )
+from kong_token_exchange.protocol.shared_grant import build_shared_grant, process_shared_grant
 
 # Kept free before a cached token's end, seconds: the time a request takes to reach the upstream
 # and be judged there by a clock of its own.
@@ -86,7 +88,8 @@ class FlowResult:
     What goes upstream.
 
     `exchanged` is None when the validated subject token itself is forwarded. `cache` is "miss"
-    for the one request that made the exchange, "hit" for all that share its result. `notes` say
+    for the one request that made the exchange, "hit" for all that share its result, in whatever
+    process. `notes` say
     what policy let pass and an auditor should know. `generation` is the key source's from before
     anything was judged.
     """
@@ -112,8 +115,17 @@ class _Order:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Grant:
+    """An answer of the token endpoint, and on both clocks when it was asked for."""
+
+    response: ExchangeResponse
+    sent_at: float
+    sent_at_monotonic: float
+
+
 class Flow:
-    """One plugin configuration's pipeline over shared ports."""
+    """One plugin configuration's pipeline over shared ports; `shared` only where it is configured."""
 
     def __init__(
         self,
@@ -125,11 +137,13 @@ class Flow:
         clock: Clock,
         audit: AuditSink,
         metrics: Metrics,
+        shared: SharedCache | None = None,
     ) -> None:
         self._config = config
         self._sender = sender
         self._keys = keys
         self._cache = cache
+        self._shared = shared
         self._clock = clock
         self._audit = audit
         self._metrics = metrics
@@ -341,8 +355,8 @@ class Flow:
 
             def exchange() -> ExchangedToken:
                 nonlocal own
-                own = True
-                return self._exchange_now(order, deadline=until)
+                exchanged, own = self._obtain(key, order, deadline=until)
+                return exchanged
 
             exchanged = self._cache.exchange_once(
                 key, exchange, deadline=deadline, store=self._config.cache.enabled
@@ -370,7 +384,43 @@ class Flow:
         self._cache.forget_exchanged(key)
         return None
 
+    def _obtain(self, key: bytes, order: _Order, *, deadline: float) -> tuple[ExchangedToken, bool]:
+        """Exchange, or take what another process exchanged; tell whether the exchange was made here."""
+        if self._shared is None or not self._config.cache.enabled:
+            return self._exchange_now(order, deadline=deadline), True
+
+        def exchange() -> tuple[ExchangedToken, bytes]:
+            grant = self._ask(order, deadline=deadline)
+            exchanged = self._admit(order, grant, deadline=deadline)
+            return exchanged, build_shared_grant(grant.response, sent_at=grant.sent_at)
+
+        def prove(shared: bytes) -> ExchangedToken:
+            try:
+                return self._admit(order, self._read_shared(order, shared), deadline=deadline)
+            except TokenExchangeError:
+                # What is noted is said of the result that goes upstream.
+                order.notes.clear()
+                raise
+
+        return self._shared.exchange_once(key, exchange=exchange, prove=prove, deadline=deadline)
+
+    def _read_shared(self, order: _Order, shared: bytes) -> _Grant:
+        """Judge the form of what another process left, as strictly as the token endpoint's own answer."""
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        response, sent_at = process_shared_grant(
+            shared,
+            grant_type=self._config.request.grant_type,
+            subject_token=order.token,
+            max_token_size=self._config.max_token_size,
+        )
+        # A clock that is ahead elsewhere lengthens nothing here.
+        sent_at = min(sent_at, now)
+        return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=monotonic - (now - sent_at))
+
     def _exchange_now(self, order: _Order, *, deadline: float) -> ExchangedToken:
+        return self._admit(order, self._ask(order, deadline=deadline), deadline=deadline)
+
+    def _ask(self, order: _Order, *, deadline: float) -> _Grant:
         config = self._config
         request = build_exchange_request(
             order.token_endpoint,
@@ -389,9 +439,14 @@ class Flow:
             subject_token=order.token,
             max_token_size=config.max_token_size,
         )
+        return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=sent_at_monotonic)
+
+    def _admit(self, order: _Order, grant: _Grant, *, deadline: float) -> ExchangedToken:
+        """Prove the result, and say until when it may be handed out again."""
+        config, response = self._config, grant.response
         claims, fingerprint = self._prove_result(order, response, deadline=deadline)
         reuse_until = reuse_deadline(
-            now=sent_at,
+            now=grant.sent_at,
             expires_in=response.expires_in,
             result_exp=claims.exp if claims else None,
             subject_exp=order.subject.exp,
@@ -403,7 +458,8 @@ class Flow:
             token=response.access_token,
             claims=claims,
             reuse_until=reuse_until,
-            reuse_until_monotonic=sent_at_monotonic + (reuse_until - sent_at if reuse_until else 0.0),
+            reuse_until_monotonic=grant.sent_at_monotonic
+            + (reuse_until - grant.sent_at if reuse_until else 0.0),
             fingerprint=fingerprint,
         )
 

@@ -167,6 +167,38 @@ class TokenCache(Protocol):
         ...
 
 
+class SharedCache(Protocol):
+    """A second level that several processes share; nothing that it gives is believed."""
+
+    def exchange_once(
+        self,
+        key: bytes,
+        *,
+        exchange: Callable[[], tuple[ExchangedToken, bytes]],
+        prove: Callable[[bytes], ExchangedToken],
+        deadline: float,
+    ) -> tuple[ExchangedToken, bool]:
+        """
+        Take what another process left under *key*, else run *exchange* and leave its result there.
+
+        A fault of the second level costs a bounded moment and is never told to the caller.
+
+        Args:
+            key: Everything that shapes the result, 32 bytes.
+            exchange: Makes the exchange; returns the result, and what another process is given.
+            prove: Turns what another process left into a result; a `TokenExchangeError` from it
+                means that it is not acceptable, and counts as nothing found.
+            deadline: Monotonic instant by which the caller wants its answer.
+
+        Returns:
+            The result, and whether *exchange* made it.
+
+        Raises:
+            TokenExchangeError: what *exchange* raised.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEvent:
     """One decision, without any token: `subject` is a keyed digest's first hex digits."""

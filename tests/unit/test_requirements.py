@@ -28,6 +28,7 @@ MODULES = [
         "shell/test_key_source.py",
         "shell/test_token_cache.py",
         "test_flow.py",
+        "test_flow_shared.py",
     )
 ]
 
@@ -36,7 +37,6 @@ REQUIRED = {f"{row}-{number:02}" for row, numbers in ROWS.items() for number in 
 
 NO_SUCH_ROW = "no such row"
 NO_ACTOR = "actor tokens are not supported yet, and a configuration with one does not load"
-NO_SECOND_LEVEL = "there is no cache outside of the process yet"
 
 NOT_HERE = {
     "KEY-09": "no address is blocked at connect time: a key set on another host must be served over https"
@@ -48,10 +48,7 @@ NOT_HERE = {
     "EXC-31": "the depth of `act` chains is not judged yet; a result that comes in again is a token of the"
     " target issuer and meets its conditions like any other",
     "CACHE-02": "the encoding of the key is tested beside core/cache_key.py",
-    "CACHE-11": NO_SECOND_LEVEL,
-    "CACHE-19": NO_SECOND_LEVEL,
     "CACHE-20": "nothing negative is cached",
-    "CACHE-22": "each worker process has a cache of its own; nothing depends on an entry being found",
     "CACHE-25": "there is no way to purge from the data plane",
     "FAULT-10": "one request asks once, so nothing is amplified; the rest is a matter of load",
     "FAULT-22": "whether the client is still there is the plugin server's to notice",
