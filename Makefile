@@ -56,14 +56,17 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-# schema.json and docs/configuration.md are written from kong_token_exchange/schema.py
+# schema.json and docs/configuration.md are written from kong_token_exchange/schema.py,
+# docs/security-coverage.md from the ids that tests carry
 generated: $(READY)
 	$(BIN)/kong-token-exchange schema --check
+	$(BIN)/python -m tests.support.coverage --check
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/kong-token-exchange schema --write
+	$(BIN)/python -m tests.support.coverage --write
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

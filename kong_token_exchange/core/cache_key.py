@@ -1,7 +1,7 @@
 """
 Cache keys: a digest over length-prefixed fields, so that no two inputs run together.
 
-Source: docs/security.md CACHE-01 to CACHE-10; ADR 0005.
+Source: docs/threats.md CACHE-01 to CACHE-10; ADR 0005.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Verified claims: read them into a typed value, then judge them by one rule each.
 Everything here runs after the signature has been verified. Types are strict: a
 boolean is not a number, a numeric string is not a date, a list is not a name.
 
-Source: RFC 7519 section 4.1; RFC 9068 section 2.2; RFC 8693 section 4; docs/security.md CLM rows.
+Source: RFC 7519 section 4.1; RFC 9068 section 2.2; RFC 8693 section 4; docs/threats.md CLM rows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ JSON Web Keys: read a set, keep the keys that may verify, select exactly one.
 A key that cannot or must not verify (symmetric, private, weak, for encryption,
 malformed) is dropped with a reason; one odd key never spoils the set.
 
-Source: RFC 7517; RFC 7518 section 6; RFC 8037; docs/security.md KEY rows.
+Source: RFC 7517; RFC 7518 section 6; RFC 8037; docs/threats.md KEY rows.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def process_metadata(response: HttpResponse, *, issuer: str, url: str, allow_htt
     Raises:
         IssuerUnavailableError: not the document of this issuer, or an endpoint is not acceptable.
 
-    Source: RFC 8414 section 3.3; docs/security.md KEY-01, KEY-03, KEY-04.
+    Source: RFC 8414 section 3.3; docs/threats.md KEY-01, KEY-03, KEY-04.
     """
     if response.status != 200:
         raise IssuerUnavailableError(reason="metadata_status", facts={"http_status": response.status})

@@ -7,7 +7,7 @@ so that a flood of bad tokens does not fill a disk. Each kind of event has a bou
 flood of one kind cannot push another out of the log. What was left out is counted in the next
 line of its kind.
 
-Source: docs/operations.md; docs/security.md RES-17, OUT-12.
+Source: docs/operations.md; docs/threats.md RES-17, OUT-12.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A guard before the token endpoint: breaker, rest and shedding, one state per end
 
 A refusal of the token is no fault and never opens anything.
 
-Source: docs/adr/0009-breaker.md; docs/security.md RES-01 to RES-06, RES-13.
+Source: docs/adr/0009-breaker.md; docs/threats.md RES-01 to RES-06, RES-13.
 """
 
 from __future__ import annotations

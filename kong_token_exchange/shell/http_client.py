@@ -9,7 +9,7 @@ caller's deadline, so a peer that sends one byte a second is cut off in time.
 A connection is reused only where its last answer ended as it announced. A request is sent a
 second time only where the first copy cannot have been acted on: see `_Call.may_repeat`.
 
-Source: docs/adr/0006-http-client.md; docs/security.md KEY-05, KEY-06, EXC-27, RES-14.
+Source: docs/adr/0006-http-client.md; docs/threats.md KEY-05, KEY-06, EXC-27, RES-14.
 """
 
 from __future__ import annotations

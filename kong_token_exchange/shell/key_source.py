@@ -13,7 +13,7 @@ While an issuer is in trouble nobody waits for it: one attempt a second in the b
 out when it is back. A fetch for an unknown key happens at most once per `COOL_DOWN_S`, counted
 from the attempt, so that failures count too.
 
-Source: docs/adr/0004-keys.md; docs/security.md KEY-10 to KEY-17.
+Source: docs/adr/0004-keys.md; docs/threats.md KEY-10 to KEY-17.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Kong reads a plugin server's output through a pipe of 64 KB; a reader that stops
 whoever writes, and any caller can make lines. So lines go into a bounded queue, one thread
 writes them, and what does not fit is dropped and counted.
 
-Source: docs/operations.md; docs/security.md RES-17.
+Source: docs/operations.md; docs/threats.md RES-17.
 """
 
 from __future__ import annotations

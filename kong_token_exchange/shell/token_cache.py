@@ -6,7 +6,7 @@ clock and by the monotonic clock, and the earlier one counts. Each part is bound
 of its entries and by their estimated bytes; what is pushed out was not used for longest, and is
 counted.
 
-Source: docs/adr/0005-caching.md; docs/security.md CACHE rows.
+Source: docs/adr/0005-caching.md; docs/threats.md CACHE rows.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_hdr_08_two_authorization_headers_are_a_bad_request(stage: Stage) -> Non
 
 
 @pytest.mark.parametrize("listed", ["Authorization", "keep-alive, AUTHORIZATION"])
-def test_gw_20_connection_cannot_strip_the_credential(stage: Stage, listed: str) -> None:
+def test_gw_20_out_03_connection_cannot_strip_the_credential(stage: Stage, listed: str) -> None:
     stage.start(one_route())
     host, _, port = stage.gateway.url.removeprefix("http://").partition(":")
     lines = [f"Authorization: Bearer {stage.token()}", f"Connection: {listed}"]

@@ -321,7 +321,7 @@ def test_exit_leaves_nothing_to_read_and_waits_for_end_of_file() -> None:
     assert b"" == connection.receive(ANSWER)
 
 
-def test_unknown_instance_is_the_one_event_that_closes() -> None:
+def test_gw_06_unknown_instance_is_the_one_event_that_closes() -> None:
     seen = Seen()
 
     assert b"" == seen.connection.receive(event_of(seen.instance_id ^ 1))
@@ -333,7 +333,7 @@ def test_unknown_instance_is_the_one_event_that_closes() -> None:
     [ValueError("x"), SystemExit(1), KeyboardInterrupt(), RecursionError(), MemoryError(), GeneratorExit()],
     ids=lambda error: type(error).__name__,
 )
-def test_exception_in_warm_is_the_constant_500(error: BaseException) -> None:
+def test_gw_02_exception_in_warm_is_the_constant_500(error: BaseException) -> None:
     seen = Seen(error)
     seen.connection.receive(event_of(seen.instance_id))
 
@@ -431,7 +431,7 @@ def test_answer_above_the_limit_is_read_away_and_answered_400(size: int, length:
     assert (1 if accepted else 0) == len(seen.facts)
 
 
-def test_answer_above_the_limit_holds_no_memory() -> None:
+def test_res_10_answer_above_the_limit_holds_no_memory() -> None:
     seen = Limited()
     seen.connection.receive(event_of(seen.instance_id))
     feed(seen.connection, text_frame(900_000)[:-1], 65536)
@@ -657,7 +657,7 @@ def test_fault_of_the_owner_ends_any_event_with_an_exit(state: State) -> None:
         assert (seen.bench.faults.server_error.frames, State.DRAINING) == (out, seen.connection.state)
 
 
-def test_only_an_unknown_instance_and_the_end_lead_to_a_close() -> None:
+def test_gw_06_only_an_unknown_instance_and_the_end_lead_to_a_close() -> None:
     closing = {
         (state, trigger)
         for state, row in TRANSITIONS.items()
@@ -670,7 +670,7 @@ def test_only_an_unknown_instance_and_the_end_lead_to_a_close() -> None:
     }
 
 
-def test_an_exit_is_final() -> None:
+def test_gw_09_an_exit_is_final() -> None:
     assert {Trigger.GONE, Trigger.CLOSE} == set(TRANSITIONS[State.DRAINING])
     assert set() == set(TRANSITIONS[State.DEAD])
 

@@ -131,7 +131,7 @@ def test_calls_are_limited_exactly(make: Any) -> None:
         make(calls, Calls().clear_header("a"))
 
 
-def test_header_with_a_line_break_is_refused() -> None:
+def test_gw_10_header_with_a_line_break_is_refused() -> None:
     with pytest.raises(ValueError):
         Calls().set_header("a", "b\r\nc")
     with pytest.raises(ValueError):

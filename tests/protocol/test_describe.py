@@ -8,7 +8,7 @@ from kong_token_exchange.pluginserver.describe import describe, describe_json
 from tests.support.plugins import Plugin
 
 
-def test_description_names_the_protocol_that_fails_closed() -> None:
+def test_gw_01_description_names_the_protocol_that_fails_closed() -> None:
     assert "ProtoBuf:1" == describe(Plugin())["Protocol"]
 
 

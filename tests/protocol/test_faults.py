@@ -67,7 +67,7 @@ def test_fault_bodies_can_be_chosen() -> None:
     assert [b"a", b"b", b"c", b"d"] == [exit_args(outcome).body for outcome in outcomes]
 
 
-def test_exception_is_told_by_class_and_place_without_its_text() -> None:
+def test_gw_14_exception_is_told_by_class_and_place_without_its_text() -> None:
     log, lines = make_log()
     log.raised("access failed", caught())
 
@@ -119,7 +119,7 @@ def test_a_deep_recursion_is_one_short_line() -> None:
     assert "\n" not in lines.lines[0]
 
 
-def test_the_same_place_is_logged_once_a_minute_with_the_count_of_the_rest() -> None:
+def test_res_17_the_same_place_is_logged_once_a_minute_with_the_count_of_the_rest() -> None:
     clock = FakeClock()
     log, lines = make_log(clock=clock, interval_s=60.0)
     for _ in range(10):

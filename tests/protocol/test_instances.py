@@ -45,7 +45,7 @@ class Registry:
         return self.it.start("test-plugin", encode(**changes)).instance_id
 
 
-def test_id_is_31_bits_of_name_and_configuration_and_the_same_in_every_process() -> None:
+def test_gw_16_id_is_31_bits_of_name_and_configuration_and_the_same_in_every_process() -> None:
     first, second = Registry(), Registry()
     second.start(issuer="https://b.example")
 
@@ -89,7 +89,7 @@ def test_name_and_configuration_do_not_run_together() -> None:
     assert fingerprint("a", b'{"b":1}') != fingerprint("a{", b'"b":1}')
 
 
-def test_start_then_close_of_the_same_id_leaves_the_instance_alive() -> None:
+def test_gw_11_start_then_close_of_the_same_id_leaves_the_instance_alive() -> None:
     registry = Registry()
     old = registry.start(__seq__=2)
     new = registry.start(__seq__=3)
@@ -159,7 +159,9 @@ def test_colliding_ids_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, RecursionError, MemoryError])
-def test_plugin_that_does_not_start_answers_500_and_says_so_once_a_minute(error: type[BaseException]) -> None:
+def test_gw_11_plugin_that_does_not_start_answers_500_and_says_so_once_a_minute(
+    error: type[BaseException],
+) -> None:
     def refuse(config: Any) -> Any:
         raise error("MARKED-SECRET")
 

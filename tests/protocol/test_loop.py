@@ -102,7 +102,7 @@ def test_refusal_ends_the_event_and_kong_leaves(server: Running) -> None:
     eventually(lambda: server.loop.stats().connections == 0)
 
 
-def test_cold_event_runs_in_the_pool_and_the_loop_goes_on(script: Scripted, server: Running) -> None:
+def test_gw_07_cold_event_runs_in_the_pool_and_the_loop_goes_on(script: Scripted, server: Running) -> None:
     gate, entered = threading.Event(), threading.Event()
 
     def run(kong: Kong) -> None:
@@ -221,7 +221,7 @@ def raiser(error: BaseException) -> Callable[[Kong], None]:
     ],
     ids=["ValueError", "SystemExit", "KeyboardInterrupt", "MemoryError", "GeneratorExit", "RecursionError"],
 )
-def test_whatever_access_raises_is_500_and_nothing_of_it_goes_upstream(
+def test_gw_02_whatever_access_raises_is_500_and_nothing_of_it_goes_upstream(
     script: Scripted, server: Running, run: Callable[[Kong], None]
 ) -> None:
     script.access["Bearer cold"] = run
@@ -259,7 +259,9 @@ def test_exception_between_any_two_calls_is_500(script: Scripted, server: Runnin
         assert_serves(server, instance_id)
 
 
-def test_access_past_its_deadline_is_504_and_its_late_calls_raise(script: Scripted, tmp_path: Path) -> None:
+def test_gw_03_access_past_its_deadline_is_504_and_its_late_calls_raise(
+    script: Scripted, tmp_path: Path
+) -> None:
     leave, raised = threading.Event(), threading.Event()
 
     def run(kong: Kong) -> None:
@@ -290,7 +292,7 @@ def test_access_past_its_deadline_is_504_and_its_late_calls_raise(script: Script
     assert ["an event passed its deadline: answering 504"] == server.lines.lines
 
 
-def test_access_that_waits_for_kong_past_its_deadline_is_504(script: Scripted, tmp_path: Path) -> None:
+def test_gw_03_access_that_waits_for_kong_past_its_deadline_is_504(script: Scripted, tmp_path: Path) -> None:
     over = threading.Event()
 
     def run(kong: Kong) -> None:
@@ -314,7 +316,9 @@ def test_access_that_waits_for_kong_past_its_deadline_is_504(script: Scripted, t
         assert 504 == status_of(kong.converse(sock, side))
 
 
-def test_full_pool_is_503_at_once_while_warm_answers_go_on(script: Scripted, tmp_path: Path) -> None:
+def test_gw_08_res_13_full_pool_is_503_at_once_while_warm_answers_go_on(
+    script: Scripted, tmp_path: Path
+) -> None:
     gate = threading.Event()
     script.access["Bearer cold"] = lambda kong: [None][not gate.wait(WAIT_S)]
     with Running(script.plugin(), tmp_path, threads=2, queue_limit=1) as server:
@@ -430,7 +434,9 @@ def test_kong_that_leaves_with_answers_unsent_is_forgotten(server: Running) -> N
     assert_serves(server, instance_id)
 
 
-def test_bytes_that_are_not_utf8_never_break_the_conversation(script: Scripted, server: Running) -> None:
+def test_gw_04_bytes_that_are_not_utf8_never_break_the_conversation(
+    script: Scripted, server: Running
+) -> None:
     seen: list[str] = []
     chance = random.Random(90)
 
@@ -576,7 +582,7 @@ def test_two_hundred_connections_are_served_at_once(server: Running) -> None:
     eventually(lambda: server.loop.stats().connections == 0)
 
 
-def test_different_instances_never_mix(tmp_path: Path) -> None:
+def test_gw_19_different_instances_never_mix(tmp_path: Path) -> None:
     def start(config: Any) -> Instance:
         answer = proceed(Calls().set_header("x-audience", config["audience"]))
         return Instance(warm=lambda facts: answer)
@@ -720,7 +726,9 @@ class Exhausted(socket.socket):
         return super().accept()
 
 
-def test_accepting_pauses_when_descriptors_run_out_and_goes_on(script: Scripted, tmp_path: Path) -> None:
+def test_res_11_accepting_pauses_when_descriptors_run_out_and_goes_on(
+    script: Scripted, tmp_path: Path
+) -> None:
     server = Running(script.plugin(), None)
     path = str(tmp_path / "s")
     listener = Exhausted(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -876,7 +884,9 @@ def test_event_that_came_just_before_the_stop_is_served(script: Scripted) -> Non
 # --- over time ------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind_after_many_events_of_every_kind(script: Scripted, server: Running) -> None:
+def test_gw_12_nothing_is_left_behind_after_many_events_of_every_kind(
+    script: Scripted, server: Running
+) -> None:
     def fail(kong: Kong) -> None:
         raise ValueError
 

@@ -149,7 +149,7 @@ def test_a_fact_is_asked_again_after_the_upstream_request_was_changed() -> None:
     assert 2 == called.replies
 
 
-def test_exit_ends_the_event_and_nothing_after_it_runs() -> None:
+def test_gw_09_exit_ends_the_event_and_nothing_after_it_runs() -> None:
     after: list[str] = []
 
     def run(kong: Kong) -> None:
@@ -203,7 +203,7 @@ def test_exit_stands_whatever_the_plugin_does_with_it(how: str) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_any_exception_is_the_constant_500_and_the_thread_goes_on(error: BaseException) -> None:
+def test_gw_02_any_exception_is_the_constant_500_and_the_thread_goes_on(error: BaseException) -> None:
     def run(kong: Kong) -> None:
         kong.service.request.set_header("a", "b")
         raise error
@@ -300,7 +300,7 @@ def test_event_abandoned_while_it_waits_for_a_thread_never_runs() -> None:
     assert [] == ran
 
 
-def test_thread_that_waits_for_kong_is_freed_when_its_event_is_over() -> None:
+def test_gw_12_thread_that_waits_for_kong_is_freed_when_its_event_is_over() -> None:
     ended: list[str] = []
 
     def run(kong: Kong) -> None:
@@ -341,7 +341,7 @@ def test_late_calls_of_an_event_that_is_over_raise() -> None:
     assert [1, 1, 1] == raised
 
 
-def test_lost_threads_are_replaced_up_to_a_bound_and_taken_back() -> None:
+def test_gw_05_res_12_lost_threads_are_replaced_up_to_a_bound_and_taken_back() -> None:
     gate = Gate()
     with Loop(threads=2, queue_limit=2) as loop:
         pool = loop.pool
@@ -365,7 +365,7 @@ def test_lost_threads_are_replaced_up_to_a_bound_and_taken_back() -> None:
         assert (2, 0) == (pool.size, pool.busy)
 
 
-def test_event_that_waited_behind_a_lost_thread_gets_the_new_one() -> None:
+def test_gw_05_event_that_waited_behind_a_lost_thread_gets_the_new_one() -> None:
     gate = Gate()
     with Loop(threads=1, queue_limit=1) as loop:
         first = loop.submit(gate)

@@ -186,7 +186,7 @@ BAD_HEADERS: list[tuple[Any, Any, type[Exception]]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD_HEADERS)
-def test_what_cannot_be_a_header_is_refused_before_it_leaves(
+def test_gw_10_what_cannot_be_a_header_is_refused_before_it_leaves(
     name: Any, value: Any, error: type[Exception]
 ) -> None:
     caller = Recorder()

@@ -120,7 +120,7 @@ def test_socket_has_its_mode_and_accepts_at_once(path: Path, mode: int) -> None:
     assert [] == list(path.parent.iterdir())
 
 
-def test_socket_is_for_its_owner_alone_unless_said_otherwise(path: Path) -> None:
+def test_gw_13_socket_is_for_its_owner_alone_unless_said_otherwise(path: Path) -> None:
     listener = SocketPath(path)
     listener.socket.close()
 

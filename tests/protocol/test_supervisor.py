@@ -343,7 +343,9 @@ def test_ids_outlive_all_the_workers_that_knew_them(start: Start) -> None:
 
 # The gateway of the tests does not close a socket that breaks while it writes.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_no_event_sees_the_other_configuration_while_workers_are_killed_under_load(start: Start) -> None:
+def test_gw_16_no_event_sees_the_other_configuration_while_workers_are_killed_under_load(
+    start: Start,
+) -> None:
     server = start(workers=2)
     stop = threading.Event()
     seen: Counter[str] = Counter()

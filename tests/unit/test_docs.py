@@ -13,6 +13,7 @@ import pytest
 
 from kong_token_exchange import errors
 from kong_token_exchange.protocol.bearer import render
+from tests.support import coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kong_token_exchange"
@@ -245,6 +246,15 @@ def test_the_table_of_classes_is_what_callers_get() -> None:
         real[name] = (str(answer.status), body["error"], body["error_description"])
 
     assert real == table
+
+
+# --- generated pages ------------------------------------------------------------------
+
+
+def test_the_security_coverage_is_in_step_with_the_tests() -> None:
+    page = coverage.PAGE.read_text(encoding="utf-8")
+
+    assert coverage.written() == page, "run `make fmt`, or python -m tests.support.coverage --write"
 
 
 # --- links and paths ------------------------------------------------------------------

@@ -1155,7 +1155,7 @@ def test_cache_13_a_result_whose_key_was_removed_is_exchanged_anew() -> None:
     assert 2 == it.exchanges
 
 
-def test_fault_02_cached_results_work_while_the_target_is_down() -> None:
+def test_fault_02_res_01_cached_results_work_while_the_target_is_down() -> None:
     down = IssuerUnavailableError(reason="connect_failed")
     it = Bench(answer=[token_response(result_token()), down])
     it.run(FOREIGN)
@@ -1277,7 +1277,7 @@ def test_cache_21_names_that_only_look_alike_are_two() -> None:
     assert 2 == it.exchanges
 
 
-def test_cache_18_refused_tokens_are_not_kept() -> None:
+def test_cache_18_res_08_refused_tokens_are_not_kept() -> None:
     it = Bench()
     for number in range(20):
         it.refusal(forger.mint(aud="gateway", x=number, header={"kid": "issuer-RS256"}))

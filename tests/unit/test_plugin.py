@@ -233,7 +233,9 @@ def test_a_deadline_above_the_servers_own_is_an_invalid_configuration(deadline: 
         ),
     ],
 )
-def test_a_refusal_exits_with_its_challenge(error: TokenExchangeError, status: int, challenge: str) -> None:
+def test_out_17_a_refusal_exits_with_its_challenge(
+    error: TokenExchangeError, status: int, challenge: str
+) -> None:
     instance, _ = start(refused(error))
 
     ((name, exit_args),) = read_calls(warm(instance, header="Bearer a.b.c"))
@@ -243,7 +245,7 @@ def test_a_refusal_exits_with_its_challenge(error: TokenExchangeError, status: i
     assert "no-store" == exit_args.headers["Cache-Control"]
 
 
-def test_a_refused_credential_never_reaches_the_flow_and_is_recorded() -> None:
+def test_res_07_a_refused_credential_never_reaches_the_flow_and_is_recorded() -> None:
     instance, flow = start()
 
     ((_, exit_args),) = read_calls(warm(instance, header="Bearer a.b.c d"))
@@ -252,7 +254,7 @@ def test_a_refused_credential_never_reaches_the_flow_and_is_recorded() -> None:
     assert ["credential_malformed"] == [error.reason for error in flow.refusals]
 
 
-def test_an_operators_fault_is_told_to_kongs_log_once_a_minute() -> None:
+def test_res_19_an_operators_fault_is_told_to_kongs_log_once_a_minute() -> None:
     clock = FakeClock()
     flow = FakeFlow(refused(ClientRefusedError(reason="client_refused", facts={"error": "invalid_client"})))
     instance = TokenExchangePlugin(lambda _: flow, clock).start(config())  # type: ignore[arg-type, return-value]
@@ -322,7 +324,7 @@ def test_forwarding_keeps_the_token_and_shares_the_decision() -> None:
     assert "forward" == calls[1][1][1]["decision"]
 
 
-def test_another_upstream_header_empties_the_first_place_and_look_alikes() -> None:
+def test_hdr_22_out_01_another_upstream_header_empties_the_first_place_and_look_alikes() -> None:
     instance, _ = start(upstream_access_token_header="x-token")
 
     names = [
@@ -379,7 +381,7 @@ def test_hide_credentials_false_keeps_a_forwarded_token_but_never_an_exchanged_o
         assert cleared == (("kong.service.request.clear_header", "authorization") in calls)
 
 
-def test_query_and_cookie_are_emptied() -> None:
+def test_hdr_11_out_07_query_and_cookie_are_emptied() -> None:
     instance, flow = start(bearer_token_param_type=["query", "cookie"], bearer_token_cookie_name="t")
 
     by_query = read_calls(warm(instance, query="a=1&access_token=q.q.q"))
@@ -399,7 +401,7 @@ def test_hdr_11_a_token_in_two_places_is_refused() -> None:
     assert [] == flow.tokens
 
 
-def test_a_preflight_passes_without_any_credential() -> None:
+def test_out_10_a_preflight_passes_without_any_credential() -> None:
     instance, flow = start(run_on_preflight=False, bearer_token_param_type=["header", "query"])
 
     calls = read_calls(warm(instance, method="OPTIONS", header="Bearer a.b.c", query="access_token=x&a=1"))
@@ -410,7 +412,7 @@ def test_a_preflight_passes_without_any_credential() -> None:
     assert [] == flow.tokens
 
 
-def test_a_preflight_is_judged_like_any_request_by_default() -> None:
+def test_out_10_a_preflight_is_judged_like_any_request_by_default() -> None:
     instance, flow = start()
 
     warm(instance, header="Bearer a.b.c", method="OPTIONS")

@@ -1,102 +1,145 @@
 """
-Every requirement on exchange, keys and caches has a test that carries its id, or a reason here.
+Every id of docs/threats.md has a test that carries it, or a reason here; no test names another id.
 
-An id stands in the name of a test (`test_exc_04_...`, `test_cache_06_07_...`) or in the id of a
-parameter (`EXC-10-dpop`, `EXC-16-KEY-05-302`).
+How a test carries an id: tests/support/coverage.py. docs/security-coverage.md shows the outcome.
 """
 
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-UNIT = Path(__file__).parent
-MODULES = [
-    UNIT / name
-    for name in (
-        "protocol/test_client_auth.py",
-        "protocol/test_exchange.py",
-        "protocol/test_http_message.py",
-        "protocol/test_metadata.py",
-        "shell/test_audit_log.py",
-        "shell/test_http_client.py",
-        "shell/test_key_source.py",
-        "shell/test_token_cache.py",
-        "test_flow.py",
-        "test_flow_shared.py",
-    )
-]
+from tests.support import coverage
 
-ROWS = {"KEY": range(1, 20), "EXC": range(1, 33), "CACHE": range(1, 27), "FAULT": range(1, 55)}
-REQUIRED = {f"{row}-{number:02}" for row, numbers in ROWS.items() for number in numbers}
-
-NO_SUCH_ROW = "no such row"
-NO_ACTOR = "actor tokens are not supported yet, and a configuration with one does not load"
-
+# One line for each id, read by tests/support/coverage.py as it stands: plain texts alone.
 NOT_HERE = {
-    "KEY-09": "no address is blocked at connect time: a key set on another host must be served over https"
-    " with a certificate for its name, so a name that is bound anew leads to nothing that answers",
-    "KEY-19": NO_SUCH_ROW,
-    "EXC-09": NO_ACTOR,
-    "EXC-22": NO_ACTOR,
-    "EXC-29": "nothing maps tokens to consumers yet; headers and shared facts are the plugin's, tested there",
-    "EXC-31": "the depth of `act` chains is not judged yet; a result that comes in again is a token of the"
-    " target issuer and meets its conditions like any other",
-    "CACHE-02": "the encoding of the key is tested beside core/cache_key.py",
-    "CACHE-20": "nothing negative is cached",
+    "GW-15": "the order of plugins is Kong's and the operator's: docs/operations.md says what it must be",
+    "GW-18": "not yet: through a gateway",
+    "GW-21": "one version of Kong is at hand, 3.9.1, and every integration test that has it runs on it",
+    "GW-22": "not yet: through a gateway",
+    "HDR-15": "not yet: through a gateway",
+    "HDR-17": "not yet: through a gateway",
+    "HDR-23": "not yet: through a gateway",
+    "HDR-24": "trailers come after the access phase, and Kong's PDK does not show them",
+    "CLM-25": "a bearer token may be used again until `exp`; what remembers each jti is every gateway's",
+    "CLM-28": "not yet: no actor token is read, and a configuration that asks for one does not load",
+    "KEY-09": "no address is judged: keys come over https, and TLS proves the name whatever it is bound to",
+    "EXC-09": "not yet: no actor token is read, and a configuration that asks for one does not load",
+    "EXC-22": "not yet: no actor token is sent, so no result can name its actor",
+    "EXC-29": "nothing maps tokens to consumers yet; what later plugins are told is tested as the plugin's",
+    "EXC-31": "not yet: the depth of `act` is not judged; a result that comes in again is judged like any",
+    "CACHE-20": "not yet: no refusal is cached",
     "CACHE-25": "there is no way to purge from the data plane",
-    "FAULT-10": "one request asks once, so nothing is amplified; the rest is a matter of load",
-    "FAULT-22": "whether the client is still there is the plugin server's to notice",
-    "FAULT-23": "the guard before the token endpoint decides that, and its tests show it",
-    **{f"FAULT-{number}": NO_SUCH_ROW for number in (24, 25, 26, 27, 28, 29, 44, 45, 46, 47, 48, 49)},
+    "OUT-04": "not yet: through a gateway",
+    "OUT-05": "not yet: no consumer is mapped, and a configuration that asks for one does not load",
+    "OUT-06": "not yet: through a gateway",
+    "OUT-08": "not yet: through a gateway",
+    "OUT-09": "not yet: through a gateway",
+    "OUT-11": "not yet: through a gateway",
+    "OUT-15": "accepted, and out of scope in docs/security.md: no secret of ours is compared with input",
+    "OUT-16": "not yet",
+    "OUT-18": "not yet: through a gateway",
+    "OUT-19": "not yet: through a gateway",
 }
-
-_ID = re.compile(r"(KEY|EXC|CACHE|FAULT)-(\d\d)(?!\d)")
-_IN_NAME = re.compile(r"(key|exc|cache|fault|res)((?:_\d\d)+)(_to_\d\d)?(?=_|$)")
-
-
-def ids_in_names(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            for row, numbers, last in _IN_NAME.findall(node.name):
-                found = [int(number) for number in numbers.split("_") if number]
-                if last:
-                    found = list(range(found[-1], int(last.removeprefix("_to_")) + 1))
-                yield from (f"{row.upper()}-{number:02}" for number in found)
-
-
-def ids_of_parameters(tree: ast.Module) -> Iterator[str]:
-    """Find ids in keys of tables, in lists of ids and in what makes ids; not in docstrings or comments."""
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            yield from ("-".join(found) for found in _ID.findall(node.value))
 
 
 @cache
-def carried() -> set[str]:
-    found: set[str] = set()
-    for module in MODULES:
-        tree = ast.parse(module.read_text(encoding="utf-8"))
-        found.update(ids_in_names(tree), ids_of_parameters(tree))
-    return found
+def threats() -> dict[str, str]:
+    return coverage.defined(coverage.THREATS.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("requirement", sorted(REQUIRED))
-def test_a_requirement_has_a_test_or_a_reason(requirement: str) -> None:
-    assert (requirement in carried()) != (requirement in NOT_HERE)
+@cache
+def carried() -> coverage.Coverage:
+    return coverage.read_tests()
 
 
-def test_reasons_are_for_requirements() -> None:
-    assert set(NOT_HERE) <= REQUIRED
+def test_every_threat_has_a_test_or_a_reason() -> None:
+    tested, not_run = set(carried().tests), set(carried().not_run)
+
+    assert set() == set(threats()) - tested - not_run - set(NOT_HERE), "neither a test nor a reason"
+    assert set() == tested & set(NOT_HERE), "the reason no longer holds: there is a test"
+    assert all(NOT_HERE.values())
+
+
+def test_tests_and_reasons_name_threats_alone() -> None:
+    strangers = {name: sorted(carried().tests[name]) for name in set(carried().tests) - set(threats())}
+
+    assert {} == strangers
+    assert set() == set(NOT_HERE) - set(threats())
+
+
+def test_chaos_rows_that_are_not_run_say_why() -> None:
+    assert {} == {name: reason for name, reason in carried().not_run.items() if not reason}
+
+
+def test_every_family_is_there() -> None:
+    assert set(coverage.FAMILIES) == {name.partition("-")[0] for name in threats()}
+
+
+# --- what makes the page --------------------------------------------------------------
+
+SOURCE = '''
+WORDS = {"EXC-10-dpop": 1, "other": 2}
+MORE = [*WORDS, "EXC-11-KEY-05-302"]
+def rows():
+    """EXC-12 in a docstring."""
+    return [f"EXC-13-{n}" for n in range(3)]
+@pytest.mark.parametrize("word", WORDS)
+def test_words(word): ...
+@pytest.mark.parametrize("word", MORE, ids=["CLM-01-a", "XCLM-02", "CLM-003-no"])
+def test_more(word):
+    "EXC-14"
+@pytest.mark.parametrize("word", rows())
+def test_made(word): ...
+class TestClass:
+    def test_gw_01_02_and_hdr_12_to_14_hold(self): ...
+def test_clm_1_and_clmx_03_and_notgw_04(): ...
+def helper_gw_09(): ...
+'''
+
+
+def test_ids_are_found_in_names_and_in_what_decorators_lead_to() -> None:
+    found: dict[str, set[str]] = {}
+    for threat, name in coverage.carried_by_tests(ast.parse(SOURCE)):
+        found.setdefault(name, set()).add(threat)
+
+    assert {
+        "test_words": {"EXC-10"},
+        "test_more": {"EXC-10", "EXC-11", "KEY-05", "CLM-01", "CLM-003"},
+        "test_made": {"EXC-13"},
+        "TestClass::test_gw_01_02_and_hdr_12_to_14_hold": {"GW-01", "GW-02", "HDR-12", "HDR-13", "HDR-14"},
+    } == found
+
+
+def test_rows_of_the_chaos_suite_are_found_with_their_action_or_reason() -> None:
+    source = """
+REASON = "none yet"
+ROWS = (
+    _row("31", "down", "200", down, "plain"),
+    _row("80r", "kill", "500", kill if it() else None, reason="" if it() else "none"),
+    _row("97", "latch", "none", None, reason="not ours"),
+)
+TABLE = (("60", "down at start", "200"),)
+"""
+
+    assert {
+        ("FAULT-31", "down", "none yet"),
+        ("FAULT-80", "kill", "none yet"),
+        ("FAULT-97", "", "not ours"),
+        ("FAULT-60", "", "none yet"),
+    } == set(coverage.chaos_rows(ast.parse(source)))
+
+
+def test_a_page_has_one_line_for_each_id() -> None:
+    found = coverage.Coverage({"GW-01": {"b::y", "a::x"}}, {"FAULT-60": "no server"})
+    page = coverage.render({"GW-01": "dead", "GW-02": "odd", "FAULT-60": "down"}, found, {"GW-02": "why"})
+
+    assert "| GW-01 | dead | `a::x`<br>`b::y` |\n| GW-02 | odd | *not here:* why |\n" in page
+    assert "| FAULT-60 | down | *not here:* no server |\n" in page
+
+
+def test_an_id_defined_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="GW-01"):
+        coverage.defined("| GW-01 | a | b |\n| GW-01 | c | d |\n")

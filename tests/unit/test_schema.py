@@ -132,7 +132,7 @@ def test_every_named_field_is_described(path: str) -> None:
     assert OUR_FIELDS[path].description
 
 
-def test_the_plugin_schema_is_json_and_refuses_consumers() -> None:
+def test_gw_17_the_plugin_schema_is_json_and_refuses_consumers() -> None:
     dumped = json.loads(json.dumps(schema.plugin_schema()))
     fields = {name: field for entry in dumped["fields"] for name, field in entry.items()}
 

@@ -42,7 +42,7 @@ DISTINCT: list[list[str | list[str] | None]] = [
 ]
 
 
-def test_different_fields_have_different_digests() -> None:
+def test_cache_02_different_fields_have_different_digests() -> None:
     digests = [digest_fields(fields) for fields in DISTINCT]
     assert len(set(digests)) == len(DISTINCT)
     assert {len(digest) for digest in digests} == {32}

@@ -70,7 +70,7 @@ def bounded(action: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in TEXTS.items()])
-def test_reading_a_credential_is_linear(text: str) -> None:
+def test_res_16_reading_a_credential_is_linear(text: str) -> None:
     bounded(lambda: parse_authorization(text, max_length=10 * LONG))
     bounded(lambda: parse_authorization(f"Bearer {text}", max_length=10 * LONG))
     bounded(lambda: parse_token(text, max_length=10 * LONG))
@@ -80,13 +80,13 @@ def test_reading_a_credential_is_linear(text: str) -> None:
 
 
 @pytest.mark.parametrize("document", [pytest.param(data, id=name) for name, data in DOCUMENTS.items()])
-def test_reading_json_is_linear(document: bytes) -> None:
+def test_res_16_reading_json_is_linear(document: bytes) -> None:
     bounded(lambda: parse_json(document, max_bytes=10 * LONG))
     bounded(lambda: parse_compact(compact(b'{"x":' + document + b"}"), max_bytes=10 * LONG))
     bounded(lambda: parse_jwk_set(b'{"keys":[],"x":' + document + b"}"))
 
 
-def test_reading_claims_is_linear() -> None:
+def test_res_16_reading_claims_is_linear() -> None:
     names = [f"v{number}" for number in range(LONG // 8)]
     claims = issuer.claims(aud=names, scope=" ".join(names), scp=names)
     bounded(lambda: parse_claims(claims))
@@ -95,7 +95,7 @@ def test_reading_claims_is_linear() -> None:
     bounded(lambda: parse_claims(issuer.claims(exp=10**4000)))
 
 
-def test_reading_the_largest_keys_is_bounded() -> None:
+def test_res_15_reading_the_largest_keys_is_bounded() -> None:
     huge = {"kty": "RSA", "n": b64_uint(2 ** (MAX_SET_BYTES * 5) - 1), "e": "AQAB"}
     bounded(lambda: parse_jwk_set(to_json({"keys": [huge]})))
     hundred = [{**issuer.keys["RS256"].jwk(kid=f"k{number}"), "x5c": ["M" * 1500]} for number in range(100)]

@@ -277,7 +277,7 @@ def make(name: str) -> TokenExchangeError:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_answer_is_made_of_the_class_alone(name: str) -> None:
+def test_out_13_14_answer_is_made_of_the_class_alone(name: str) -> None:
     status, code, challenge = ANSWERS[name]
     error = make(name)
     answer = render(error)

@@ -155,7 +155,7 @@ def test_threads_do_not_spend_a_line_twice(lines: Lines) -> None:
     assert 30 == len(lines())
 
 
-def test_metrics_count_by_name_and_labels() -> None:
+def test_res_18_metrics_count_by_name_and_labels() -> None:
     metrics = CountingMetrics()
 
     def work() -> None:

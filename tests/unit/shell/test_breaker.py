@@ -195,7 +195,7 @@ def test_no_failures_means_no_breaker() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(("asked", "rest"), [("7", 7.0), ("100", MAX_REST_S)])
-def test_fault_07_a_retry_after_is_obeyed_and_bounded(status: int, asked: str, rest: float) -> None:
+def test_fault_07_res_06_a_retry_after_is_obeyed_and_bounded(status: int, asked: str, rest: float) -> None:
     inner = Inner(HttpResponse(status=status, headers={"retry-after": asked}), OK)
     sender, clock, _ = guard(inner)
 

@@ -291,7 +291,7 @@ DRIPS: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("drip", DRIPS.values(), ids=[f"FAULT-06-RES-14-{name}" for name in DRIPS])
-def test_an_answer_that_comes_byte_by_byte_is_cut_at_the_deadline(
+def test_res_14_an_answer_that_comes_byte_by_byte_is_cut_at_the_deadline(
     sender: RequestsSender, drip: Script
 ) -> None:
     def script(peer: Peer) -> None:
@@ -633,7 +633,7 @@ def test_a_connection_is_kept_and_used_again_over_tls(authority: Authority) -> N
 
 @pytest.mark.parametrize("tls", [False, True], ids=["FAULT-21-plain", "FAULT-21-tls"])
 @pytest.mark.parametrize("close", [Peer.close, Peer.reset], ids=["close", "reset"])
-def test_an_idle_connection_that_the_peer_closed_is_replaced_silently(
+def test_res_03_an_idle_connection_that_the_peer_closed_is_replaced_silently(
     authority: Authority, tls: bool, close: Script
 ) -> None:
     answered, closed = threading.Event(), threading.Event()
@@ -961,7 +961,7 @@ def test_a_certificate_file_that_cannot_be_read_is_told_at_once(tmp_path: Path) 
 # --- what is told ---------------------------------------------------------------------
 
 
-def test_errors_hold_nothing_of_the_request(
+def test_out_12_errors_hold_nothing_of_the_request(
     sender: RequestsSender, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(1)

@@ -312,7 +312,7 @@ def test_fault_33_keys_are_not_used_beyond_the_stale_bound() -> None:
         assert (503, "connect_failed", {"host": "idp.test"}) == (error.status, error.reason, error.facts)
 
 
-def test_fault_32_keys_come_back_with_the_issuer() -> None:
+def test_fault_32_res_20_keys_come_back_with_the_issuer() -> None:
     it = Source({JWKS: [served(OLD), DOWN, DOWN, served(NEW)]})
     it.keys()
     it.clock.advance(TTL_S)
@@ -324,7 +324,9 @@ def test_fault_32_keys_come_back_with_the_issuer() -> None:
     assert NEW_KIDS == kids(it.keys(within=None))
 
 
-def test_a_slow_issuer_delays_callers_by_their_patience_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_res_02_a_slow_issuer_delays_callers_by_their_patience_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(key_source, "PATIENCE_S", 0.05)
     background = Background()
     it = Source({JWKS: [served(OLD), served(NEW)]}, submit=background)
@@ -502,7 +504,7 @@ def test_an_unknown_key_waits_no_longer_than_its_patience(monkeypatch: pytest.Mo
 # --- trouble --------------------------------------------------------------------------
 
 
-def test_key_17_fault_30_without_keys_nothing_is_trusted() -> None:
+def test_key_17_fault_30_res_20_without_keys_nothing_is_trusted() -> None:
     it = Source({JWKS: DOWN})
 
     error = it.refusal(it.keys)
