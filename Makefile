@@ -13,9 +13,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# The main job, end to end, without containers: make demo [IDP=keycloak] [JSON=path]
+# The main job, end to end: make demo [IDP=keycloak] [JSON=path]; on containers: make up demo GATEWAY=compose
 demo: $(READY)
-	$(BIN)/kong-token-exchange demo --config kong.yml $(if $(IDP),--idp $(IDP)) $(if $(JSON),--json $(JSON))
+	$(BIN)/kong-token-exchange demo --config kong.yml $(if $(GATEWAY),--gateway $(GATEWAY)) $(if $(IDP),--idp $(IDP)) $(if $(JSON),--json $(JSON))
 
 test: $(READY)
 	$(BIN)/pytest
@@ -37,7 +37,7 @@ up:
 	docker compose -f docker/compose.yml up --build --wait
 
 down:
-	docker compose -f docker/compose.yml down --volumes
+	docker compose -f docker/compose.yml --profile '*' down --volumes --remove-orphans
 
 # 200,000 events with exits, exceptions and clients that vanish
 soak: $(READY)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Callable
 
 from kong_token_exchange.sandbox.serving import HttpServer, Request, Response, json_headers
 from kong_token_exchange.sandbox.upstream import EchoUpstream
@@ -27,15 +28,21 @@ def main() -> None:
         signal.signal(number, lambda *_: stopped.set())
     api = EchoUpstream(host=EVERYWHERE, port=8080)
 
+    with api, HttpServer(log_of(api), host=EVERYWHERE, port=8081, name="log"):
+        stopped.wait()
+
+
+def log_of(api: EchoUpstream) -> Callable[[Request], Response]:
+    """Return what answers at the second port."""
+
     def show(_request: Request) -> Response:
-        last = api.log.last()
+        last = api.last_request()
         shown = (
             None if last is None else {"path": last.path, "headers": [list(pair) for pair in last.headers]}
         )
         return Response(200, json_headers(), json.dumps({"hits": api.hits, "last": shown}).encode("ascii"))
 
-    with api, HttpServer(show, host=EVERYWHERE, port=8081, name="log"):
-        stopped.wait()
+    return show
 
 
 if __name__ == "__main__":

@@ -217,11 +217,21 @@ def _run_schema(options: argparse.Namespace) -> int:
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser("demo", help="show each decision end to end on loopback")
+    demo = commands.add_parser("demo", help="show each decision end to end")
     demo.add_argument(
         "--config", type=Path, default=Path("kong.yml"), metavar="PATH", help="Kong's configuration"
     )
-    demo.add_argument("--idp", choices=["sandbox", "keycloak"], default="sandbox", help="identity provider")
+    demo.add_argument(
+        "--gateway",
+        choices=["sandbox", "compose"],
+        default="sandbox",
+        help="embedded (default), or what docker/compose.yml has started: make up",
+    )
+    demo.add_argument(
+        "--idp",
+        choices=["sandbox", "keycloak"],
+        help="identity provider (default: the gateway's own: sandbox, or keycloak with compose)",
+    )
     demo.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
     demo.set_defaults(run=_run_demo)
 
@@ -234,4 +244,9 @@ def _run_demo(options: argparse.Namespace) -> int:
             raise
         print("the demo needs the extra: pip install 'kong-token-exchange[sandbox]'", file=sys.stderr)
         return 2
-    return run_demo(config=options.config, identity_provider=options.idp, json_path=options.json)
+    return run_demo(
+        config=options.config,
+        gateway=options.gateway,
+        identity_provider=options.idp,
+        json_path=options.json,
+    )

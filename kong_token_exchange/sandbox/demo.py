@@ -2,7 +2,8 @@
 The demo: a gateway, an identity provider and upstreams on loopback, and every story through them.
 
 It starts the real plugin server process; the gateway and, unless a Keycloak is asked for, the
-issuers are the sandbox's.
+issuers are the sandbox's. Or it takes what `docker/compose.yml` has started: real Kong, the plugin
+server as its sidecar, real Keycloak.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kong_token_exchange.sandbox.compose import (
+    COMPOSE_FILE,
+    ComposeStage,
+    ComposeUnavailableError,
+    compose_command,
+)
 from kong_token_exchange.sandbox.gateway import SandboxGateway
 from kong_token_exchange.sandbox.issuer import IssuerServer
 from kong_token_exchange.sandbox.keycloak import Keycloak, KeycloakUnavailableError
-from kong_token_exchange.sandbox.stories import STORIES, IdentityProvider, Row, StoryTeller, Wallet
+from kong_token_exchange.sandbox.stories import STORIES, Row, StoryTeller, Wallet
 from kong_token_exchange.sandbox.upstream import EchoUpstream
 
 # Names of the compose network, which kong.yml uses.
@@ -56,32 +63,56 @@ class KeycloakProvider:
         self.keycloak.stop()
 
 
-def run_demo(*, config: Path, identity_provider: str, json_path: Path | None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage that is up, the names of what is on it, and who tells the stories there."""
+
+    gateway: str
+    identity_provider: str
+    teller: StoryTeller
+
+
+def run_demo(*, config: Path, gateway: str, identity_provider: str | None, json_path: Path | None) -> int:
     """
     Tell every story, print the table and return 0 when each row is as expected.
 
     Args:
         config: The declarative configuration of the gateway.
-        identity_provider: `sandbox` or `keycloak`.
+        gateway: `sandbox`, or `compose` for what `docker/compose.yml` has started.
+        identity_provider: `sandbox` or `keycloak`; None takes the gateway's own.
         json_path: Where the rows are written as JSON, too.
     """
     try:
-        with demo_stage(config, identity_provider) as (teller, provider):
-            print(f"gateway: sandbox   identity provider: {provider.name}   configuration: {config}\n")
-            rows = [_tell(teller, number, index) for number, index in enumerate(STORIES, 1)]
-            name = provider.name
+        with _stage(config, gateway, identity_provider) as stage:
+            print(f"gateway: {stage.gateway}   identity provider: {stage.identity_provider}", end="")
+            print(f"   configuration: {config}\n")
+            rows = [_tell(stage.teller, number, index) for number, index in enumerate(STORIES, 1)]
     except KeycloakUnavailableError as exc:
         print(f"no Keycloak here: {exc}", file=sys.stderr)
         return 2
+    except ComposeUnavailableError as exc:
+        print(f"no compose stage here: {exc}", file=sys.stderr)
+        return 2
     if json_path is not None:
-        json_path.write_text(json.dumps(_as_json(name, rows), indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(_as_json(stage, rows), indent=2) + "\n", encoding="utf-8")
     failed = [row for row in rows if row.complaints]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} rows are as expected")
     return 1 if failed else 0
 
 
+def _stage(
+    config: Path, gateway: str, identity_provider: str | None
+) -> contextlib.AbstractContextManager[Stage]:
+    if gateway != "compose":
+        return embedded_stage(config, identity_provider or "sandbox")
+    # Its Kong has read the file beside the compose file already.
+    if identity_provider == "sandbox" or config.resolve() != (COMPOSE_FILE.parent / "../kong.yml").resolve():
+        raise ComposeUnavailableError("its configuration is kong.yml, and its identity provider is Keycloak")
+    return compose_stage()
+
+
 @contextlib.contextmanager
-def demo_stage(config: Path, identity_provider: str) -> Iterator[tuple[StoryTeller, IdentityProvider]]:
+def embedded_stage(config: Path, identity_provider: str) -> Iterator[Stage]:
     """Start everything on loopback and stop it again."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kong-token-exchange-")))
@@ -100,7 +131,20 @@ def demo_stage(config: Path, identity_provider: str) -> Iterator[tuple[StoryTell
                 log=folder / "gateway.log",
             )
         )
-        yield StoryTeller(gateway_url=gateway.url, wallet=Wallet(provider), upstreams=upstreams), provider
+        teller = StoryTeller(gateway_url=gateway.url, wallet=Wallet(provider), upstreams=upstreams)
+        yield Stage(gateway="sandbox", identity_provider=provider.name, teller=teller)
+
+
+@contextlib.contextmanager
+def compose_stage() -> Iterator[Stage]:
+    """Take what is up, and leave it as it was: the stories stop Keycloak."""
+    up = ComposeStage(compose_command(COMPOSE_FILE))
+    up.provider.await_ready()
+    try:
+        teller = StoryTeller(gateway_url=up.url, wallet=Wallet(up.provider), upstreams=up.upstreams)
+        yield Stage(gateway=up.gateway_name, identity_provider=up.provider.name, teller=teller)
+    finally:
+        up.provider.start()
 
 
 def serve_command(
@@ -145,6 +189,6 @@ def _claims_line(claims: Mapping[str, Any]) -> str:
     return f"iss={realm} aud={aud or '-'} azp={claims['azp']} sub={subject} scope={claims['scope']}"
 
 
-def _as_json(identity_provider: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _as_json(stage: Stage, rows: Sequence[Row]) -> dict[str, Any]:
     members = [{name: value for name, value in asdict(row).items() if name != "complaints"} for row in rows]
-    return {"gateway": "sandbox", "identity_provider": identity_provider, "rows": members}
+    return {"gateway": stage.gateway, "identity_provider": stage.identity_provider, "rows": members}

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import requests
 
-from kong_token_exchange.sandbox.upstream import EchoUpstream, bearer_token, read_claims
+from kong_token_exchange.sandbox.serving import Request
+from kong_token_exchange.sandbox.upstream import bearer_token, read_claims
 
 REQUEST_TIMEOUT_S = 30.0
 
@@ -36,6 +37,19 @@ class IdentityProvider(Protocol):
 
     def stop(self) -> None:
         """Stop listening; may be called again."""
+        ...
+
+
+class Upstream(Protocol):
+    """An API that remembers what has reached it."""
+
+    @property
+    def hits(self) -> int:
+        """Return how many requests have arrived, whatever their path."""
+        ...
+
+    def last_request(self) -> Request | None:
+        """Return the newest request."""
         ...
 
 
@@ -283,7 +297,7 @@ STORIES: Sequence[Story] = (
 class StoryTeller:
     """Tells stories through one gateway and judges them by what the upstreams received."""
 
-    def __init__(self, *, gateway_url: str, wallet: Wallet, upstreams: Mapping[str, EchoUpstream]) -> None:
+    def __init__(self, *, gateway_url: str, wallet: Wallet, upstreams: Mapping[str, Upstream]) -> None:
         self._gateway_url = gateway_url
         self._wallet = wallet
         self._upstreams = upstreams
@@ -320,7 +334,7 @@ class StoryTeller:
     def _forwarded(self, hits_before: Mapping[str, int]) -> str | None:
         for name, upstream in self._upstreams.items():
             if upstream.hits > hits_before[name]:
-                request = upstream.log.last()
+                request = upstream.last_request()
                 return bearer_token(request) if request else None
         return None
 

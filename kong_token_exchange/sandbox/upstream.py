@@ -61,6 +61,10 @@ class EchoUpstream(HttpServer):
         """Return how many requests have arrived, whatever their path."""
         return sum(self.log.hits.values())
 
+    def last_request(self) -> Request | None:
+        """Return the newest request."""
+        return self.log.last()
+
     def last_claims(self) -> dict[str, Any] | None:
         """Return the unverified claims of the newest request's token."""
         request = self.log.last()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from kong_token_exchange.sandbox.compose import await_status
 from kong_token_exchange.sandbox.demo import ISSUER_ADDRESS, UPSTREAM_ADDRESSES
 from kong_token_exchange.sandbox.issuer import IssuerServer
 from kong_token_exchange.sandbox.stories import STORIES, StoryTeller, Wallet, mint
@@ -23,11 +24,9 @@ from tests.support.containers import (
     ALL_IN_ONE_IMAGE,
     PLUGIN_SERVER_IMAGE,
     Compose,
-    ComposeProvider,
     ContainersUnavailableError,
     KeycloakContainer,
     KongContainers,
-    await_status,
     docker,
     require_images,
 )
@@ -47,9 +46,9 @@ def compose() -> Iterator[Compose]:
 
 
 def test_kong_keeps_nothing_open_while_the_sidecar_is_away(compose: Compose) -> None:
-    provider = ComposeProvider(compose)
-    upstream = compose.upstreams()["orders"]
-    token = mint(provider, "internal", "client-1", "openid orders add-client-2-as-audience")
+    stage = compose.stage()
+    upstream = stage.upstreams["orders"]
+    token = mint(stage.provider, "internal", "client-1", "openid orders add-client-2-as-audience")
 
     def status(bearer: str) -> int:
         answer = requests.get(
@@ -68,8 +67,9 @@ def test_kong_keeps_nothing_open_while_the_sidecar_is_away(compose: Compose) -> 
 
 def test_every_story_through_the_compose_file(compose: Compose) -> None:
     # The last test on this stage: the stories end with Keycloak stopped.
-    wallet = Wallet(ComposeProvider(compose))
-    teller = StoryTeller(gateway_url=compose.url, wallet=wallet, upstreams=compose.upstreams())
+    stage = compose.stage()
+    wallet = Wallet(stage.provider)
+    teller = StoryTeller(gateway_url=stage.url, wallet=wallet, upstreams=stage.upstreams)
 
     rows = [teller.tell(story) for story in STORIES]
 
@@ -231,7 +231,7 @@ def test_kong_on_postgres_is_managed_through_its_admin_api() -> None:
         admin.call("POST", "/services/orders/routes", {"name": "orders", "paths": ["/orders"]})
         admin.call("POST", "/routes/orders/plugins", {"name": "token-exchange", "config": config})
         url = f"http://127.0.0.1:{stage.ports['KONG_POSTGRES_PROXY_PORT']}/orders"
-        token = mint(ComposeProvider(stage), "internal", "client-1", "openid orders add-client-2-as-audience")
+        token = mint(stage.stage().provider, "internal", "client-1", "openid orders add-client-2-as-audience")
 
         def claims() -> Any:
             answer = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=60)

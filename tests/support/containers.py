@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import requests
 import yaml
 
-from kong_token_exchange.sandbox.serving import Request
+from kong_token_exchange.sandbox.compose import ComposeStage, await_status
 from tests.support.gateways import ROOT, Resolve, free_port, with_addresses
 
 KONG_IMAGE = os.environ.get("KONG_IMAGE", "kong:3.9")
@@ -80,43 +79,6 @@ def require_images(*images: str) -> None:
             raise ContainersUnavailableError(f"the engine has no image {image}") from None
 
 
-class RemoteUpstream:
-    """The echo API of the compose file, seen through its log port; stands in for an `EchoUpstream`."""
-
-    def __init__(self, log_url: str) -> None:
-        self._log_url = log_url
-
-    @property
-    def log(self) -> RemoteUpstream:
-        return self
-
-    @property
-    def hits(self) -> int:
-        hits: int = self._shown()["hits"]
-        return hits
-
-    def last(self, path: str | None = None) -> Request | None:
-        shown = self._shown()["last"]
-        if shown is None or path not in (None, shown["path"]):
-            return None
-        return Request("GET", shown["path"], tuple((name, value) for name, value in shown["headers"]), b"")
-
-    def _shown(self) -> Any:
-        return _get(self._log_url).json()
-
-
-class ComposeProvider:
-    """The compose file's Keycloak as an identity provider of the stories."""
-
-    def __init__(self, stage: Compose) -> None:
-        self._stage = stage
-        self.name = f"keycloak({KEYCLOAK_IMAGE})"
-        self.address = ("127.0.0.1", stage.ports["KEYCLOAK_PORT"])
-
-    def stop(self) -> None:
-        self._stage.compose("stop", "--timeout", "1", "keycloak")
-
-
 class Compose:
     """The compose file under a project name and ports of its own; a context manager."""
 
@@ -145,11 +107,8 @@ class Compose:
         command = ["compose", "-f", str(COMPOSE_FILE), "-p", self.project, *self._profiles, *arguments]
         return docker(*command, check=check, **ports)
 
-    def upstreams(self) -> dict[str, Any]:
-        return {
-            "orders": RemoteUpstream(f"http://127.0.0.1:{self.ports['ORDERS_LOG_PORT']}/"),
-            "inventory": RemoteUpstream(f"http://127.0.0.1:{self.ports['INVENTORY_LOG_PORT']}/"),
-        }
+    def stage(self) -> ComposeStage:
+        return ComposeStage(lambda arguments: self.compose(*arguments))
 
 
 # --- single containers ----------------------------------------------------------------
@@ -295,22 +254,3 @@ class KongContainers:
                 return
             time.sleep(0.2)
         raise RuntimeError(f"the plugin server's container is not healthy:\n{self.logs()[-3000:]}")
-
-
-def _get(url: str) -> requests.Response:
-    with requests.Session() as session:
-        session.trust_env = False
-        return session.get(url, timeout=30)
-
-
-def await_status(url: str, status: int) -> None:
-    """Wait until *url* answers so."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if _get(url).status_code == status:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"{url} does not answer {status}")
