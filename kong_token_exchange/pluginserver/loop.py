@@ -398,6 +398,8 @@ class Loop:
         access = item.access
         peer, over = access.owner, access.over
         if isinstance(item, Ended):
+            if access.ended:
+                return  # told twice: the first post had only half failed
             self._pool.ended(access)
             access.forget()
         if over:
@@ -458,6 +460,7 @@ class Loop:
         if self._accept_paused and self._listener is not None:
             self._accept_paused = False
             self.watch(self._listener, self._accept)
+        self._pool.recount()
         for instance in self._host.expire():
             self._pool.run(instance.close)
 

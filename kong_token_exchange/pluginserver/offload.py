@@ -11,6 +11,10 @@ event whose thread hangs can be ended without it.
 A thread that stays in `access` after its event ended is *lost*: another takes its
 place, at most as many again as the pool is large, and when it returns after all it
 is used again or let go.
+
+What fails beside `access`, a post without memory for it for example, is tried again:
+a thread that ended there would leave its event without an end. One that is gone all
+the same is found by `recount`.
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ DEFAULT_QUEUE_FACTOR = 4
 
 # A thread that had nothing to do for so long goes.
 IDLE_S = 30.0
+
+# Before what failed beside `access` is tried again: memory comes back when others let go of theirs.
+RETRY_S = 0.01
 
 _EXIT = METHODS["kong.response.exit"]
 _GET_HEADER = "kong.request.get_header"
@@ -295,6 +302,19 @@ class Pool:
             self.size -= 1
             self._jobs.put(None)
 
+    def recount(self) -> None:
+        """Take threads that are gone out of `size`, so that others are made in their place."""
+        for thread in list(self._threads):
+            if not thread.is_alive():
+                self._threads.discard(thread)
+        gone = min(self.size, self.size + self.lost - len(self._threads))
+        if gone <= 0:
+            return
+        self._log.note("a thread of the pool is gone")
+        self.size -= gone
+        if self.busy > self.size:
+            self._spawn()
+
     def stop(self, timeout_s: float) -> bool:
         """Let all threads go; return whether they went within *timeout_s*."""
         threads = list(self._threads)
@@ -323,22 +343,41 @@ class Pool:
         try:
             while True:
                 try:
-                    job = self._jobs.get(timeout=self._idle_s)
-                except Empty:
-                    self._post(Idle())
-                    continue
-                if job is None:
-                    return
-                if isinstance(job, Access):
-                    self._run_access(job)
-                else:
-                    self._run_job(job)
-                # Not until the next job: a token must not stay alive in an idle thread.
-                del job
+                    if not self._work_once():
+                        return
+                except BaseException as error:  # noqa: BLE001 - no memory for a moment must not cost a thread
+                    self._log.raised("a thread of the pool failed", error)
+                    time.sleep(RETRY_S)
         finally:
             self._threads.discard(threading.current_thread())
 
+    def _work_once(self) -> bool:
+        """Wait for one job and do it; return whether the thread goes on."""
+        try:
+            job = self._jobs.get(timeout=self._idle_s)
+        except Empty:
+            self._post(Idle())
+            return True
+        if job is None:
+            return False
+        if isinstance(job, Access):
+            self._run_access(job)
+        else:
+            self._try("housekeeping", job)
+        # The job goes with this frame: a token must not stay alive in an idle thread.
+        return True
+
     def _run_access(self, access: Access) -> None:
+        outcome = self._faults.server_error
+        try:
+            outcome = self._outcome(access)
+        except BaseException as error:  # noqa: BLE001 - the event must end, whatever it takes
+            self._log.raised("access failed", error)
+        # The loop takes the end of an event once, so a post that failed half-way may be repeated.
+        while not self._try("the end of an event", lambda: self._post(Ended(access, outcome))):
+            time.sleep(RETRY_S)
+
+    def _outcome(self, access: Access) -> Outcome:
         access.started = True
         outcome = self._faults.server_error
         try:
@@ -351,10 +390,12 @@ class Pool:
         except BaseException as error:  # noqa: BLE001 - SystemExit and its like must end the event too
             self._log.raised("access failed", error)
         # An exit stands, even if the plugin swallowed what `exit` raised.
-        self._post(Ended(access, access.exit_outcome or outcome))
+        return access.exit_outcome or outcome
 
-    def _run_job(self, job: Callable[[], None]) -> None:
+    def _try(self, what: str, job: Callable[[], None]) -> bool:
         try:
             job()
         except BaseException as error:  # noqa: BLE001 - a plugin's close() must not cost a thread
-            self._log.raised("housekeeping failed", error)
+            self._log.raised(f"{what} failed", error)
+            return False
+        return True

@@ -17,7 +17,7 @@ import pytest
 from kong_token_exchange.pluginserver import wire
 from kong_token_exchange.pluginserver.connection import Connection, Limits
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
-from kong_token_exchange.pluginserver.offload import EventOverError
+from kong_token_exchange.pluginserver.offload import EventOverError, Pool, Post
 from kong_token_exchange.pluginserver.pdk import Kong
 from tests.support.fake_kong import Done, FakeKong, KongSide, Step
 from tests.support.plugins import AUTHORIZATION, Instance, Plugin
@@ -511,6 +511,36 @@ def test_exit_whose_end_of_file_does_not_come_is_closed_after_the_wait(server: R
     assert b"" == sock.recv(1)
     sock.close()
     eventually(lambda: server.loop.stats().connections == 1)
+
+
+def test_end_of_an_event_that_is_told_twice_counts_once(script: Scripted, server: Running) -> None:
+    def twice(item: Post) -> None:
+        server.loop.post(item)
+        server.loop.post(item)
+
+    server.loop._pool._post = twice
+    script.access["Bearer cold"] = lambda kong: kong.log.info("x")
+    instance_id = server.kong.start({})
+    for _ in range(3):
+        assert "success" == ask(server, instance_id, "Bearer cold").ended
+        assert_serves(server, instance_id)
+    eventually(lambda: not server.loop._posts)
+    stats = server.loop.stats()
+
+    assert (0, 1, 0) == (stats.busy, stats.threads, stats.faults)
+
+
+def test_pool_thread_that_is_gone_is_noticed_and_the_event_that_waited_runs(
+    script: Scripted, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.access["Bearer cold"] = lambda kong: None
+    instance_id = server.kong.start({})
+    working = Pool._work
+    starts = iter([lambda pool: None])
+    monkeypatch.setattr(Pool, "_work", lambda pool: next(starts, working)(pool))  # noqa: PLW0108 - another one each time
+
+    assert "success" == ask(server, instance_id, "Bearer cold").ended
+    assert "a thread of the pool is gone" in server.lines
 
 
 # --- bytes in pieces, large answers, many connections ---------------------------------

@@ -432,6 +432,110 @@ def test_no_thread_to_be_had_is_a_full_pool(monkeypatch: pytest.MonkeyPatch) -> 
     assert "no new thread: RuntimeError" in loop.lines
 
 
+class Faltering:
+    """A post that fails as often as it is told, before or after it was taken, as without memory."""
+
+    def __init__(self, loop: Loop, kind: type[Post], *, times: int, after: bool = False) -> None:
+        self._put, self._kind, self._after = loop.posts.put, kind, after
+        self.left = times
+
+    def __call__(self, item: Post) -> None:
+        fails = isinstance(item, self._kind) and self.left > 0
+        if not fails or self._after:
+            self._put(item)
+        if fails:
+            self.left -= 1
+            raise MemoryError("MARKED")
+
+
+def test_thread_whose_idle_word_cannot_be_posted_goes_on() -> None:
+    with Loop(threads=1, idle_s=0.01) as loop:
+        loop.pool._post = Faltering(loop, Idle, times=2)
+        loop.submit(lambda kong: None)
+        loop.ended()
+        assert isinstance(loop.next(), Idle)
+        # An idle thread that nobody lets go is still there.
+        loop.submit(lambda kong: None)
+        while not isinstance(loop.next(), Ended):
+            pass
+        assert (1, 1) == (loop.pool.size, len(loop.pool._threads))
+
+    assert "a thread of the pool failed: MemoryError" in loop.lines
+    assert "MARKED" not in loop.lines
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before-it-was-taken", "after"])
+def test_end_of_an_event_that_cannot_be_posted_is_posted_again(after: bool) -> None:
+    with Loop(threads=1) as loop:
+        loop.pool._post = Faltering(loop, Ended, times=3, after=after)
+        access = loop.submit(lambda kong: kong.log.info("x"))
+        ends = [loop.posts.get(timeout=WAIT_S) for _ in range(4 if after else 1)]
+        loop.pool.ended(access)
+        assert {access} == {end.access for end in ends if isinstance(end, Ended)}
+        loop.submit(lambda kong: None)
+        loop.ended()
+        assert (1, 0) == (loop.pool.size, loop.pool.busy)
+
+    assert "the end of an event failed: MemoryError" in loop.lines
+
+
+def test_what_fails_around_access_ends_the_event_with_500() -> None:
+    with Loop(threads=1) as loop:
+        access = loop.access(lambda kong: None, prefetch=(AUTHORIZATION,))
+        access.prefetched = None  # type: ignore[assignment]
+        assert loop.pool.submit(access)
+        assert FAULTS.server_error is loop.ended().outcome
+
+    assert "access failed: TypeError" in loop.lines
+
+
+def test_thread_that_cannot_even_begin_an_event_ends_it_with_500(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Pool, access: Access) -> Any:
+        raise SystemExit
+
+    with Loop(threads=1) as loop:
+        with monkeypatch.context() as patch:
+            patch.setattr(Pool, "_outcome", fail)
+            loop.submit(lambda kong: None)
+            assert FAULTS.server_error is loop.ended().outcome
+        loop.submit(lambda kong: None)
+        assert not loop.ended().outcome.is_exit
+        assert 1 == loop.pool.size
+
+
+def test_thread_that_is_gone_is_counted_out_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Loop(threads=1, queue_limit=4) as loop:
+        with monkeypatch.context() as patch:
+            patch.setattr(Pool, "_work", lambda self: None)
+            waiting = loop.submit(lambda kong: None)
+            (thread,) = loop.pool._threads
+            thread.join(WAIT_S)
+        assert (1, 1) == (loop.pool.size, loop.pool.busy)
+        loop.pool.recount()
+
+        assert waiting is loop.ended().access
+        assert (1, 0) == (loop.pool.size, loop.pool.busy)
+        loop.pool.recount()
+        assert 1 == loop.pool.size
+
+    assert ["a thread of the pool is gone"] == loop.lines.lines
+
+
+def test_threads_that_leave_lose_no_count() -> None:
+    with Loop(threads=2, idle_s=0.01) as loop:
+        loop.submit(lambda kong: None)
+        loop.ended()
+        (thread,) = loop.pool._threads
+        assert isinstance(loop.next(), Idle)
+        loop.pool.idle()
+        loop.pool.recount()
+        thread.join(WAIT_S)
+        loop.pool.recount()
+        assert 0 == loop.pool.size
+
+    assert [] == loop.lines.lines
+
+
 @pytest.mark.parametrize(("threads", "queue_limit"), [(0, 1), (1, -1)])
 def test_pool_without_threads_is_refused(threads: int, queue_limit: int) -> None:
     with pytest.raises(ValueError):
