@@ -38,7 +38,14 @@ from kong_token_exchange.core.policy import (
 )
 from kong_token_exchange.errors import ConfigError
 from kong_token_exchange.protocol.exchange import ExchangeParameters
-from kong_token_exchange.schema import CONFIG, KONG_AUTH_METHODS, NOT_YET, Field
+from kong_token_exchange.schema import (
+    CONFIG,
+    DEFAULT_NEGATIVE_TTL_S,
+    KONG_AUTH_METHODS,
+    MAX_NEGATIVE_TTL_S,
+    NOT_YET,
+    Field,
+)
 from kong_token_exchange.secret import Secret
 
 # Sixteen spellings to clear; a header of a token in use has one or two (x-access-token).
@@ -82,10 +89,11 @@ class ClientCredentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePolicy:
-    """Whether exchanged tokens are cached, and for how many seconds at most."""
+    """Whether exchanged tokens are cached, for how many seconds at most, and refusals for how many."""
 
     enabled: bool
     ttl: int
+    ttl_neg: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -899,7 +907,12 @@ def _build_cache(members: Members, cache: Members) -> CachePolicy:
     ttl = cache["ttl"] or int(members["cache_ttl"])
     if members["cache_ttl_max"] is not None:
         ttl = min(ttl, int(members["cache_ttl_max"]))
-    return CachePolicy(enabled=cache["enabled"], ttl=ttl)
+    ttl_neg = cache["ttl_neg"]
+    if ttl_neg is None:
+        ttl_neg = members["cache_ttl_neg"]
+    if ttl_neg is None:
+        ttl_neg = DEFAULT_NEGATIVE_TTL_S
+    return CachePolicy(enabled=cache["enabled"], ttl=ttl, ttl_neg=float(min(ttl_neg, MAX_NEGATIVE_TTL_S)))
 
 
 def _build_credential(members: Members, notes: _Notes) -> CredentialSources:

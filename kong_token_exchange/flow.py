@@ -46,6 +46,7 @@ from kong_token_exchange.errors import (
     InvalidTokenError,
     IssuerUnavailableError,
     KeySelectionError,
+    RejectionError,
     TokenExchangeError,
 )
 from kong_token_exchange.lease import LEASE_S, Leases, Terms
@@ -70,6 +71,7 @@ from kong_token_exchange.protocol.client_auth import (
     public_client,
 )
 from kong_token_exchange.protocol.exchange import (
+    LASTING_REFUSALS,
     MAX_RESPONSE_BYTES,
     ExchangeResponse,
     build_exchange_request,
@@ -348,6 +350,8 @@ class Flow:
         key = digest_fields((token_key.hex(), order.token_endpoint, order.subject_token_type))
         exchanged = self._cached(key, now=now, deadline=deadline) if self._config.cache.enabled else None
         own = False
+        if exchanged is None and (refusal := self._cached_refusal(key)) is not None:
+            raise refusal
         if exchanged is None:
             if deadline is None:
                 raise NotInMemoryError
@@ -355,7 +359,11 @@ class Flow:
 
             def exchange() -> ExchangedToken:
                 nonlocal own
-                exchanged, own = self._obtain(key, order, deadline=until)
+                try:
+                    exchanged, own = self._obtain(key, order, deadline=until)
+                except RejectionError as error:
+                    self._remember_refusal(key, error)
+                    raise
                 return exchanged
 
             exchanged = self._cache.exchange_once(
@@ -416,6 +424,20 @@ class Flow:
         # A clock that is ahead elsewhere lengthens nothing here.
         sent_at = min(sent_at, now)
         return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=monotonic - (now - sent_at))
+
+    def _cached_refusal(self, key: bytes) -> RejectionError | None:
+        refusal = self._cache.refusal(key) if self._config.cache.enabled else None
+        if refusal is not None:
+            self._metrics.count("refusal_hits", reason=refusal.reason)
+        return refusal
+
+    def _remember_refusal(self, key: bytes, error: RejectionError) -> None:
+        """Keep a refusal that the issuer would only repeat, for some seconds."""
+        config = self._config
+        # A refused assertion may be one that somebody else has used up: its result may still come.
+        lasts = error.reason in LASTING_REFUSALS and config.request.grant_type == "token_exchange"
+        if lasts and config.cache.enabled and config.cache.ttl_neg > 0:
+            self._cache.store_refusal(key, error, ttl=config.cache.ttl_neg)
 
     def _exchange_now(self, order: _Order, *, deadline: float) -> ExchangedToken:
         return self._admit(order, self._ask(order, deadline=deadline), deadline=deadline)

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from kong_token_exchange.core.claims import Claims
 from kong_token_exchange.core.jwk import JwkSet
-from kong_token_exchange.errors import Fact
+from kong_token_exchange.errors import Fact, RejectionError
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.secret import Secret
 
@@ -155,11 +155,21 @@ class TokenCache(Protocol):
         """Drop an exchanged token that must not be handed out again."""
         ...
 
+    def refusal(self, key: bytes) -> RejectionError | None:
+        """Return the issuer's refusal of a moment ago, made anew with the fact `cached`, or None."""
+        ...
+
+    def store_refusal(self, key: bytes, error: RejectionError, *, ttl: float) -> None:
+        """Keep a refusal for *ttl* seconds."""
+        ...
+
     def exchange_once(
         self, key: bytes, exchange: Callable[[], ExchangedToken], *, deadline: float, store: bool
     ) -> ExchangedToken:
         """
         Run *exchange* unless one for *key* is under way, whose result or error is then shared.
+
+        With *store* a result or refusal that landed meanwhile takes its place.
 
         Raises:
             DeadlineError: the caller's own deadline passed while another one's exchange ran.

@@ -48,6 +48,11 @@ DEFAULT_MAX_TOKEN_SIZE = 8192
 # Kong waits 60 s (lua_socket_read_timeout) for a plugin server; we must answer before.
 MAX_DEADLINE_MS = 55_000
 
+# Long enough that a client which tries again and again costs one call, short enough that nobody waits
+# for what was mended at the issuer.
+DEFAULT_NEGATIVE_TTL_S = 2
+MAX_NEGATIVE_TTL_S = 60
+
 _INT31 = 2_147_483_646
 
 
@@ -354,6 +359,11 @@ _TRANSPORT: dict[str, Field] = {
     "cache_ttl_max": _number(
         "Bounds `cache_ttl` and `token_exchange.cache.ttl`, in seconds.", between=(1, _INT31)
     ),
+    "cache_ttl_neg": _number(
+        "Seconds that a refusal by the token endpoint is cached; see `token_exchange.cache.ttl_neg`.",
+        between=(0, _INT31),
+        difference=f"More than {MAX_NEGATIVE_TTL_S} counts as {MAX_NEGATIVE_TTL_S}.",
+    ),
 }
 
 _OWN: dict[str, Field] = {
@@ -475,6 +485,12 @@ _CACHE = _record(
             "Seconds that an exchanged token is cached at most; wins over `cache_ttl`. The expiry of either"
             " token wins when it is earlier.",
             between=(1, _INT31),
+        ),
+        "ttl_neg": _integer(
+            "Seconds that the token endpoint's refusal of a subject token is cached, 0 for not at all; wins"
+            f" over `cache_ttl_neg`; {DEFAULT_NEGATIVE_TTL_S} without either. Faults, refusals of the"
+            " gateway's own client and those of `jwt_bearer` are never cached.",
+            between=(0, MAX_NEGATIVE_TTL_S),
         ),
     },
 )
@@ -778,7 +794,6 @@ _LATER: dict[str, Field] = {
     "http_proxy_authorization": _reference("The credentials for the http proxy."),
     "https_proxy_authorization": _reference("The credentials for the https proxy."),
     "cache_ttl_min": _number("The shortest time, in seconds, that anything is cached."),
-    "cache_ttl_neg": _number("Seconds that a refusal is cached."),
     "cache_introspection": _flag("Cache introspection answers.", default=True),
     "rediscovery_lifetime": _number("Seconds between two attempts at discovery.", default=30),
     "cluster_cache_strategy": _text(

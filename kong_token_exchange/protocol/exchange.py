@@ -276,6 +276,10 @@ _BY_CODE: dict[str, _Meaning] = {
     "temporarily_unavailable": (IssuerUnavailableError, "token_endpoint_failed"),
 }
 
+# What the same request would be told again a moment later. Not among these: what somebody may be doing
+# something about just now (`interaction_required`), and whatever speaks of us or of the server's state.
+LASTING_REFUSALS = frozenset({"scope_refused", "subject_token_refused", "target_refused"})
+
 # Our own credentials or request are meant by these and by every other code.
 _CODES = frozenset(_BY_CODE) | {
     "invalid_client",

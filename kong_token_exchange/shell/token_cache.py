@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from cachetools import LRUCache
 
-from kong_token_exchange.errors import DeadlineError, GatewayError, TokenExchangeError
+from kong_token_exchange.errors import DeadlineError, GatewayError, RejectionError, TokenExchangeError
 from kong_token_exchange.ports import Clock, ExchangedToken, Metrics, VerifiedToken
 
 # An entry is 5 to 10 KB with the claims of a usual token, so that both bounds are reached about together.
@@ -29,10 +29,14 @@ MAX_BYTES = 64 * 1024 * 1024
 # A waiter whose owner ran out of time asks itself when it has this much left: an answer takes about so long.
 WORTH_A_TRY_S = 0.2
 
+# Refusals live for seconds; one weighs about a kilobyte.
+MAX_REFUSALS = 10_000
+
 # What an entry weighs beside its claims and token: the objects around them, key and links of the cache.
 _ENTRY_BYTES = 1024
 
 Entry = TypeVar("Entry")
+Refusal = TypeVar("Refusal", bound=TokenExchangeError)
 
 
 class MemoryTokenCache:
@@ -44,6 +48,7 @@ class MemoryTokenCache:
         metrics: Counts evictions.
         max_entries: Most entries in each of the two parts.
         max_bytes: Most estimated bytes in each of the two parts.
+        max_refusals: Most refusals that are remembered.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class MemoryTokenCache:
         metrics: Metrics | None = None,
         max_entries: int = MAX_ENTRIES,
         max_bytes: int = MAX_BYTES,
+        max_refusals: int = MAX_REFUSALS,
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
@@ -61,6 +67,10 @@ class MemoryTokenCache:
         )
         self._verified: _Bounded[VerifiedToken] = _Bounded(
             max_entries, max_bytes, weigh_verified, _eviction_counter(metrics, "verified")
+        )
+        # The refusal, and until when it stands on the monotonic clock.
+        self._refusals: _Bounded[tuple[RejectionError, float]] = _Bounded(
+            max_refusals, max_refusals, lambda _: 1, _eviction_counter(metrics, "refused")
         )
         self._flights: dict[bytes, Future[ExchangedToken]] = {}
 
@@ -90,6 +100,18 @@ class MemoryTokenCache:
         if entry is not None:
             entry.dropped = True
 
+    def refusal(self, key: bytes) -> RejectionError | None:
+        """Return the issuer's refusal of a moment ago, made anew, or None."""
+        with self._lock:
+            return self._standing_refusal(key)
+
+    def store_refusal(self, key: bytes, error: RejectionError, *, ttl: float) -> None:
+        """Keep a refusal for *ttl* seconds, without the frames that it was raised through."""
+        twin = _twin(error)
+        twin.facts["cached"] = True
+        with self._lock:
+            self._refusals.store(key, (twin, self._clock.monotonic() + ttl))
+
     def exchange_once(
         self, key: bytes, exchange: Callable[[], ExchangedToken], *, deadline: float, store: bool
     ) -> ExchangedToken:
@@ -108,6 +130,7 @@ class MemoryTokenCache:
 
         Raises:
             DeadlineError: another one's flight did not end in time; it goes on for its owner.
+            RejectionError: the issuer refused the same a moment ago.
         """
         for may_repeat in (True, False):
             flight, landed = self._board(key, store=store)
@@ -134,8 +157,20 @@ class MemoryTokenCache:
             entry = self._exchanged.get(key) if store else None
             if entry is not None and _is_fresh(entry, self._clock.now(), self._clock.monotonic()):
                 return None, entry
+            refusal = self._standing_refusal(key) if store else None
+            if refusal is not None:
+                raise refusal
             self._flights[key] = Future()
             return None, None
+
+    def _standing_refusal(self, key: bytes) -> RejectionError | None:
+        found = self._refusals.get(key)
+        if found is None:
+            return None
+        if self._clock.monotonic() < found[1]:
+            return _twin(found[0])
+        del self._refusals[key]
+        return None
 
     def _fly(self, key: bytes, exchange: Callable[[], ExchangedToken], *, store: bool) -> ExchangedToken:
         """Run the flight that this thread owns."""
@@ -183,6 +218,10 @@ def _without_traceback(error: BaseException) -> BaseException:
     """
     if not isinstance(error, TokenExchangeError):
         return GatewayError(reason="exchange_failed", facts={"cause": type(error).__name__})
+    return _twin(error)
+
+
+def _twin(error: Refusal) -> Refusal:
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     twin.facts = dict(error.facts)

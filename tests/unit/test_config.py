@@ -109,7 +109,7 @@ def test_the_least_configuration_has_the_defaults() -> None:
         narrowing="enforce",
         same_subject=None,
     )
-    assert CachePolicy(enabled=True, ttl=3600) == config.cache
+    assert CachePolicy(enabled=True, ttl=3600, ttl_neg=2.0) == config.cache
     assert (
         CredentialSources(header=True, header_name=None, query=False, cookie_name=None) == config.credential
     )
@@ -240,6 +240,9 @@ WRONG_TYPES: list[tuple[str, str, object, str]] = [
     ("above", "token_exchange.deadline", 55_001, "to 55000"),
     ("negative-leeway", "leeway", -1, "from 0"),
     ("zero-ttl", "token_exchange.cache.ttl", 0, "from 1"),
+    ("long-ttl-neg", "token_exchange.cache.ttl_neg", 61, "from 0 to 60"),
+    ("negative-ttl-neg", "token_exchange.cache.ttl_neg", -1, "from 0 to 60"),
+    ("negative-kong-ttl-neg", "cache_ttl_neg", -1, "from 0"),
     ("token-size", "token_exchange.max_token_size", 255, "from 256"),
     ("hmac", f"{ENTRY}[0].algorithms", ["HS256"], "one of RS256"),
     ("alg-none", f"{ENTRY}[0].algorithms", ["none"], "one of RS256"),
@@ -971,7 +974,7 @@ def test_required_values_are_alternatives_of_words() -> None:
     ],
 )
 def test_cache_ttl(changes: dict[str, object], ttl: int) -> None:
-    assert CachePolicy(enabled=True, ttl=ttl) == load(changes).cache
+    assert CachePolicy(enabled=True, ttl=ttl, ttl_neg=2.0) == load(changes).cache
 
 
 def test_result_limits_and_subjects() -> None:

@@ -668,9 +668,12 @@ def test_the_token_endpoints_refusals_have_their_status(
     assert isinstance(refused, kind)
     assert (status, error, reason) == (refused.status, refused.error, refused.reason)
     assert 1 == it.exchanges
-    # Nothing is kept: the next request asks again.
-    assert reason == it.refusal(SUBJECT).reason
-    assert 2 == it.exchanges
+    # What is no definite refusal of this token is not kept: the next request asks again.
+    kept = reason in {"subject_token_refused", "target_refused", "scope_refused"}
+    assert (reason, status) == ((again := it.refusal(SUBJECT)).reason, again.status)
+    assert (1 if kept else 2) == it.exchanges
+    assert (kept or None) == again.facts.get("cached")
+    assert None is refused.facts.get("cached")
 
 
 def test_fault_07_retry_after_reaches_the_caller() -> None:
@@ -1313,6 +1316,83 @@ def test_cache_18_a_flood_of_refused_tokens_pushes_nothing_out(changes: dict[str
 
     assert "hit" == it.run(kept, within=None).cache
     assert (1, 1) == (len(it.cache._verified), len(it.cache._exchanged))
+
+
+# --- refusals that are remembered -----------------------------------------------------
+
+REFUSAL = error_response("invalid_grant")
+
+
+def test_cache_20_a_refusal_stands_for_seconds_and_is_answered_from_memory() -> None:
+    it = Bench(answer=[REFUSAL, token_response(result_token())])
+    it.refusal(SUBJECT)
+
+    it.clock.advance(1.999)
+    again = it.refusal(SUBJECT, within=None)
+    assert (InvalidTokenError, "subject_token_refused") == (type(again).__mro__[1], again.reason)
+    assert {"http_status": 400, "error": "invalid_grant", "cached": True} == again.facts
+    assert 1 == it.exchanges
+    assert 1 == it.metrics.counts["refusal_hits,reason=subject_token_refused"]
+    assert 2 == it.metrics.counts["requests,outcome=refuse,reason=subject_token_refused"]
+    assert [None, True] == [event.facts.get("cached") for event in it.audit.events]
+
+    it.clock.advance(0.001)
+    assert "miss" == it.run(SUBJECT).cache
+    assert "hit" == it.run(SUBJECT, within=None).cache
+
+
+@pytest.mark.parametrize(
+    ("raw", "stands_s"),
+    [
+        (config_with(cache={"ttl_neg": 0}), 0),
+        (config_with(cache={"enabled": False}), 0),
+        (config_with({"cache_ttl_neg": 0}), 0),
+        (config_with(cache={"ttl_neg": 7}), 7),
+        (config_with({"cache_ttl_neg": 7}), 7),
+        (config_with({"cache_ttl_neg": 7}, cache={"ttl_neg": 1}), 1),
+        (config_with({"cache_ttl_neg": 3600}), 60),
+        # What a server calls invalid_grant may be a second use; the first one's result is on its way.
+        (config_with(None, {"issuer": TARGET, **ENTRY}, grant_type="jwt_bearer"), 0),
+    ],
+    ids=["off", "no-cache", "kongs-off", "set", "kongs", "both", "bounded", "assertion"],
+)
+def test_cache_20_the_time_that_a_refusal_stands(raw: dict[str, Any], stands_s: float) -> None:
+    it = Bench(raw, REFUSAL)
+    it.refusal(SUBJECT)
+    if stands_s:
+        it.clock.advance(stands_s - 0.001)
+        it.refusal(SUBJECT)
+        assert 1 == it.exchanges
+        it.clock.advance(0.001)
+
+    it.refusal(SUBJECT)
+    assert 2 == it.exchanges
+
+
+def test_cache_20_a_refusal_is_of_one_token_under_one_configuration() -> None:
+    it = Bench(answer=[REFUSAL, token_response(result_token())])
+    mended = Bench(config_with({"audience": ["orders"]}), cache=it.cache)
+    it.refusal(SUBJECT)
+
+    # The same claims under another signature: a spoilt copy must not block the good token.
+    assert "miss" == it.run(target.mint(aud=["gateway", "other"], key="PS256")).cache
+    assert "miss" == mended.run(SUBJECT).cache
+
+
+def test_cache_20_what_is_refused_here_is_not_remembered() -> None:
+    raw = config_with({"scopes_required": ["admin"]})
+    it = Bench(raw, [token_response(result_token()), token_response(result_token(scope="admin"))])
+
+    assert "scopes_required" == it.refusal(SUBJECT).reason
+    assert "miss" == it.run(SUBJECT).cache
+
+
+def test_cache_20_a_refusal_does_not_touch_what_is_in_use() -> None:
+    it = Bench(answer=[token_response(result_token()), REFUSAL])
+    it.run(SUBJECT)
+    it.refusal(target.mint(aud="gateway", x=1))
+
+    assert "hit" == it.run(SUBJECT, within=None).cache
 
 
 # --- memory alone ---------------------------------------------------------------------

@@ -30,7 +30,6 @@ NOT_HERE = {
     "EXC-22": "not yet: no actor token is sent, so no result can name its actor",
     "EXC-29": "nothing maps tokens to consumers yet; what later plugins are told is tested as the plugin's",
     "EXC-31": "not yet: the depth of `act` is not judged; a result that comes in again is judged like any",
-    "CACHE-20": "not yet: no refusal is cached",
     "CACHE-25": "there is no way to purge from the data plane",
     "OUT-04": "not yet: through a gateway",
     "OUT-05": "not yet: no consumer is mapped, and a configuration that asks for one does not load",

@@ -34,7 +34,16 @@ NOT_REQUIRED_YET = {
     "proof_of_possession_mtls_from_header.ca_certificates",
 }
 DELIBERATE_DIFFERENCES |= {(path, "required"): (True, None) for path in NOT_REQUIRED_YET}
-OURS_ALONE = {"between": ("leeway", "timeout", "cache_ttl", "cache_ttl_max", "token_exchange.cache.ttl")}
+OURS_ALONE = {
+    "between": (
+        "leeway",
+        "timeout",
+        "cache_ttl",
+        "cache_ttl_max",
+        "cache_ttl_neg",
+        "token_exchange.cache.ttl",
+    )
+}
 
 
 def walk(path: str, field: Field) -> Iterator[tuple[str, Field]]:

@@ -70,8 +70,13 @@ def verified(**members: Any) -> VerifiedToken:
     return VerifiedToken(claims=claims(**members), typ=None, fingerprint=b"f")
 
 
-def store(cache: MemoryTokenCache, key: bytes, entry: ExchangedToken) -> ExchangedToken:
-    return cache.exchange_once(key, lambda: entry, deadline=FakeClock().monotonic() + 5, store=True)
+def store(cache: MemoryTokenCache, key: bytes, entry: ExchangedToken | BaseException) -> ExchangedToken:
+    def exchange() -> ExchangedToken:
+        if isinstance(entry, BaseException):
+            raise entry
+        return entry
+
+    return cache.exchange_once(key, exchange, deadline=FakeClock().monotonic() + 5, store=True)
 
 
 def look_up(cache: MemoryTokenCache, key: bytes, clock: FakeClock) -> ExchangedToken | None:
@@ -289,6 +294,71 @@ def test_fault_112_the_weight_covers_what_python_needs(payload: Callable[[int], 
     shared = sum(weigh(entry.claims.members) for entry in cache._verified.values())
     weighed = cache._verified.currsize + cache._exchanged.currsize - shared
     assert needed <= 1.2 * weighed
+
+
+# --- refusals -------------------------------------------------------------------------
+
+REFUSED = RefusedTokenError(reason="subject_token_refused", facts={"http_status": 400})
+
+
+def test_cache_20_a_refusal_is_told_anew_each_time_until_its_end() -> None:
+    clock = FakeClock()
+    cache = MemoryTokenCache(clock)
+    cache.store_refusal(KEY, REFUSED, ttl=2)
+
+    clock.step_wall(-3600)
+    clock.advance(1.999)
+    one, other = cache.refusal(KEY), cache.refusal(KEY)
+    assert one is not None
+    assert other is not None
+    assert one is not other
+    assert (RefusedTokenError, {"http_status": 400, "cached": True}) == (type(one), one.facts)
+    assert {"http_status": 400} == REFUSED.facts
+    assert None is cache.refusal(b"o" * 32)
+
+    clock.advance(0.001)
+    assert None is cache.refusal(KEY)
+    assert 0 == len(cache._refusals)
+
+
+def test_cache_20_a_refusal_that_landed_meanwhile_is_not_asked_for_again() -> None:
+    clock = FakeClock()
+    cache = MemoryTokenCache(clock)
+    cache.store_refusal(KEY, REFUSED, ttl=2)
+
+    with pytest.raises(RefusedTokenError):
+        store(cache, KEY, exchanged())
+    assert {} == cache._flights
+    # Where nothing is to be stored, nothing stored is used.
+    other = exchanged()
+    assert other is cache.exchange_once(KEY, lambda: other, deadline=clock.monotonic() + 5, store=False)
+
+
+def test_cache_20_refusals_are_bounded_and_push_out_none_but_their_own_kind() -> None:
+    metrics = FakeMetrics()
+    clock = FakeClock()
+    cache = MemoryTokenCache(clock, metrics=metrics, max_refusals=3)
+    store(cache, KEY, exchanged())
+    for number in range(5):
+        cache.store_refusal(bytes([number]) * 32, REFUSED, ttl=2)
+
+    assert [False, False, True, True, True] == [
+        cache.refusal(bytes([number]) * 32) is not None for number in range(5)
+    ]
+    assert {"cache_evictions,part=refused": 2} == metrics.counts
+    assert look_up(cache, KEY, clock) is not None
+
+
+def test_cache_20_a_refusal_keeps_no_frame_alive() -> None:
+    cache = MemoryTokenCache(FakeClock())
+    with pytest.raises(RefusedTokenError) as caught:
+        store(cache, KEY, RefusedTokenError(reason="subject_token_refused"))
+    caught.value.__cause__ = ValueError("mark")
+    assert caught.value.__traceback__ is not None
+    cache.store_refusal(KEY, caught.value, ttl=2)
+
+    kept = cache._refusals[KEY][0]
+    assert (None, None, None) == (kept.__traceback__, kept.__cause__, kept.__context__)
 
 
 # --- single flight --------------------------------------------------------------------
