@@ -21,10 +21,12 @@ from kong_token_exchange.sandbox.demo import (
     KeycloakProvider,
     SandboxProvider,
 )
+from kong_token_exchange.sandbox.issuer import IssuerServer
 from kong_token_exchange.sandbox.keycloak import KeycloakUnavailableError, find_distribution
 from kong_token_exchange.sandbox.upstream import EchoUpstream
 from tests.support.gateways import ROOT, Gateway, KongOnPath, SandboxBackend, kong_version, load_declarative
 from tests.support.relay import Relay
+from tests.support.stage import Stage
 
 GATEWAYS = ("kong", "sandbox")
 PROVIDERS = ("keycloak", "sandbox")
@@ -120,6 +122,17 @@ def make_gateway(
 @pytest.fixture
 def gateway(make_gateway: Any) -> Gateway:
     return make_gateway()
+
+
+@pytest.fixture(params=["kong", "sandbox"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    if request.param == "kong" and kong_version() is None:
+        pytest.skip("no real Kong: no `kong` on PATH")
+    with IssuerServer() as issuers, EchoUpstream() as upstream:
+        made = Stage(KongOnPath if request.param == "kong" else SandboxBackend, issuers, upstream)
+        yield made
+        if made.gateway is not None:
+            made.gateway.stop()
 
 
 # --- what was used --------------------------------------------------------------------

@@ -89,8 +89,9 @@ class KongOnPath:
         self.prefix = Path(tempfile.mkdtemp(prefix="kte-", dir="/tmp"))
         self.upstreams = upstreams
         self._last_logs = ""
-        proxy, admin = free_port(), free_port()
+        proxy, http2, admin = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{proxy}"
+        self.http2_url: str | None = f"http://127.0.0.1:{http2}"
         self.admin_url = f"http://127.0.0.1:{admin}"
         self.socket_path = self.prefix / "te.socket"
         self.config_path = self.prefix / "kong.yml"
@@ -102,7 +103,7 @@ class KongOnPath:
             "declarative_config": str(self.config_path),
             "prefix": str(self.prefix / "kong"),
             "nginx_main_worker_processes": "1",
-            "proxy_listen": f"127.0.0.1:{proxy}",
+            "proxy_listen": f"127.0.0.1:{proxy}, 127.0.0.1:{http2} http2",
             "admin_listen": f"127.0.0.1:{admin}",
             "admin_gui_listen": "off",
             "status_listen": "off",
@@ -176,6 +177,7 @@ class SandboxBackend:
     """The embedded gateway over the real plugin server process."""
 
     name = "sandbox"
+    http2_url: str | None = None
 
     def __init__(
         self, config: Mapping[str, Any], *, upstreams: Resolve, issuers: Resolve, log_level: str = "info"

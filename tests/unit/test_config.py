@@ -353,6 +353,12 @@ def test_a_field_of_a_later_release_is_refused_at_any_other_value(path: str, fie
     assert field.only_default == error.message
 
 
+def test_out_16_there_is_no_passage_for_the_anonymous() -> None:
+    error = refuse({"anonymous": "guest"})
+
+    assert "anonymous" == error.path
+
+
 def test_the_order_of_a_default_means_nothing() -> None:
     assert load({"consumer_by": ["username", "custom_id"]}).client.client_id == "gateway"
 
