@@ -94,6 +94,7 @@ class CachePolicy:
     enabled: bool
     ttl: int
     ttl_neg: float
+    refresh_ahead: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -912,7 +913,12 @@ def _build_cache(members: Members, cache: Members) -> CachePolicy:
         ttl_neg = members["cache_ttl_neg"]
     if ttl_neg is None:
         ttl_neg = DEFAULT_NEGATIVE_TTL_S
-    return CachePolicy(enabled=cache["enabled"], ttl=ttl, ttl_neg=float(min(ttl_neg, MAX_NEGATIVE_TTL_S)))
+    return CachePolicy(
+        enabled=cache["enabled"],
+        ttl=ttl,
+        ttl_neg=float(min(ttl_neg, MAX_NEGATIVE_TTL_S)),
+        refresh_ahead=cache["refresh_ahead"],
+    )
 
 
 def _build_credential(members: Members, notes: _Notes) -> CredentialSources:

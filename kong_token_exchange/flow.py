@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from zlib import crc32
 
 from kong_token_exchange.config import PluginConfig
 from kong_token_exchange.core.cache_key import digest_fields
@@ -34,7 +36,7 @@ from kong_token_exchange.core.claims import (
 from kong_token_exchange.core.decision import Exchange, Forward, Relation, decide, trusted_issuer
 from kong_token_exchange.core.jwk import Jwk, select_verification_key
 from kong_token_exchange.core.jws import Jws, check_algorithm, parse_compact, verify_signature
-from kong_token_exchange.core.lifetime import reuse_deadline
+from kong_token_exchange.core.lifetime import refresh_instant, reuse_deadline
 from kong_token_exchange.core.narrowing import check_same_subject, find_widening
 from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, SubjectTokenIssuer
 from kong_token_exchange.errors import (
@@ -60,6 +62,7 @@ from kong_token_exchange.ports import (
     KeySource,
     Metrics,
     NotInMemoryError,
+    Refresher,
     SharedCache,
     TokenCache,
     VerifiedToken,
@@ -140,12 +143,16 @@ class Flow:
         audit: AuditSink,
         metrics: Metrics,
         shared: SharedCache | None = None,
+        refresher: Refresher | None = None,
     ) -> None:
         self._config = config
         self._sender = sender
         self._keys = keys
         self._cache = cache
         self._shared = shared
+        # An assertion may be good for one use: it is never sent again unasked.
+        renews = config.cache.refresh_ahead and config.request.grant_type == "token_exchange"
+        self._refresher = refresher if renews else None
         self._clock = clock
         self._audit = audit
         self._metrics = metrics
@@ -212,6 +219,8 @@ class Flow:
             ends_monotonic=min(
                 self._clock.monotonic() + LEASE_S,
                 exchanged.reuse_until_monotonic,
+                # Each try puts this off, so it is ahead: the hit that has the token renewed is judged.
+                exchanged.refresh_at_monotonic,
                 *(self._keys.settled_until(endpoints) for endpoints in issuers),
             ),
             generation=result.generation,
@@ -352,6 +361,8 @@ class Flow:
         own = False
         if exchanged is None and (refusal := self._cached_refusal(key)) is not None:
             raise refusal
+        if exchanged is not None and self._clock.monotonic() >= exchanged.refresh_at_monotonic:
+            self._refresh_ahead(key, exchanged, order)
         if exchanged is None:
             if deadline is None:
                 raise NotInMemoryError
@@ -425,6 +436,44 @@ class Flow:
         sent_at = min(sent_at, now)
         return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=monotonic - (now - sent_at))
 
+    # --- ahead of its end -------------------------------------------------------------
+
+    def _refresh_ahead(self, key: bytes, old: ExchangedToken, order: _Order) -> None:
+        """Have a token in use renewed in the background; what comes of it, no request waits for."""
+        if self._refresher is None:
+            return
+        # First of all: whatever comes of this try, the next one is later.
+        old.refresh_at_monotonic = self._clock.monotonic() + old.refresh_wait_s
+        old.refresh_wait_s *= 2
+        # The hit's own notes are its own.
+        order = replace(order, notes=[])
+        if not self._refresher.offer(lambda: self._renew(key, old, order), group=order.token_endpoint):
+            self._metrics.count("refreshes", outcome="no_place")
+
+    def _renew(self, key: bytes, old: ExchangedToken, order: _Order) -> None:
+        deadline = self._clock.monotonic() + self._config.deadline_ms / 1000
+        renewed: ExchangedToken | None = None
+
+        def exchange() -> ExchangedToken:
+            try:
+                return self._exchange_now(order, deadline=deadline)
+            except RejectionError as error:
+                # Issuer or policy took it back: the old one goes with the right to a new one.
+                self._remember_refusal(key, error)
+                self._cache.forget_exchanged(key)
+                raise
+
+        try:
+            renewed = self._cache.renew(key, old, exchange)
+        except TokenExchangeError as error:
+            outcome = "refused" if isinstance(error, RejectionError) else "failed"
+            self._audit_refusal(error, {**self._subject_facts(order.subject), **error.facts, "refresh": True})
+        else:
+            outcome = "not_needed" if renewed is None else "renewed"
+        if renewed is not None:
+            self._record_renewal(order, renewed)
+        self._metrics.count("refreshes", outcome=outcome)
+
     def _cached_refusal(self, key: bytes) -> RejectionError | None:
         refusal = self._cache.refusal(key) if self._config.cache.enabled else None
         if refusal is not None:
@@ -476,14 +525,29 @@ class Flow:
             max_lifetime=config.result.max_lifetime,
             margin=REUSE_MARGIN_S,
         )
+        refresh_at = self._refresh_instant(order, grant, reuse_until)
         return ExchangedToken(
             token=response.access_token,
             claims=claims,
             reuse_until=reuse_until,
             reuse_until_monotonic=grant.sent_at_monotonic
             + (reuse_until - grant.sent_at if reuse_until else 0.0),
+            refresh_at_monotonic=grant.sent_at_monotonic + (refresh_at - grant.sent_at),
             fingerprint=fingerprint,
         )
+
+    def _refresh_instant(self, order: _Order, grant: _Grant, reuse_until: float | None) -> float:
+        if self._refresher is None:
+            return math.inf
+        max_age, iat = self._trust(order.subject.iss).max_age, order.subject.iat
+        too_old = iat + max_age if max_age is not None and iat is not None else math.inf
+        instant = refresh_instant(
+            now=grant.sent_at,
+            reuse_until=reuse_until,
+            subject_end=min(order.subject.exp, too_old) - REUSE_MARGIN_S,
+            spread=crc32(order.token.encode("ascii")) / 2**32,
+        )
+        return math.inf if instant is None else instant
 
     # --- the result -------------------------------------------------------------------
 
@@ -603,7 +667,9 @@ class Flow:
     def record_refusal(self, error: TokenExchangeError, *, subject: Claims | None = None) -> None:
         """Audit and count one refusal; *subject* once its token is proven."""
         self._metrics.count("requests", outcome="refuse", reason=error.reason)
-        facts = {**self._subject_facts(subject), **error.facts}
+        self._audit_refusal(error, {**self._subject_facts(subject), **error.facts})
+
+    def _audit_refusal(self, error: TokenExchangeError, facts: Mapping[str, Fact]) -> None:
         self._audit.record(
             AuditEvent(outcome="refuse", reason=error.reason, status=error.status, facts=self._facts(facts))
         )
@@ -613,15 +679,28 @@ class Flow:
         if result.cache == "hit":
             # The exchange that filled the cache was recorded; a hit is counted only.
             return
-        facts = {"relation": result.relation, **self._subject_facts(result.subject)}
-        if result.exchanged is not None and result.exchanged.claims is not None:
-            facts["aud"] = " ".join(result.exchanged.claims.aud)[:200]
-            facts["scope"] = " ".join(sorted(result.exchanged.claims.scopes))[:200]
-        if result.notes:
-            facts["notes"] = ",".join(result.notes)
+        facts = self._result_facts(result.relation, result.subject, result.exchanged, result.notes)
         self._audit.record(
             AuditEvent(outcome=result.decision, reason=result.relation, status=200, facts=self._facts(facts))
         )
+
+    def _record_renewal(self, order: _Order, renewed: ExchangedToken) -> None:
+        facts = self._result_facts(order.relation, order.subject, renewed, order.notes)
+        facts["refresh"] = True
+        self._audit.record(
+            AuditEvent(outcome="exchange", reason=order.relation, status=200, facts=self._facts(facts))
+        )
+
+    def _result_facts(
+        self, relation: Relation, subject: Claims, exchanged: ExchangedToken | None, notes: Sequence[str]
+    ) -> dict[str, Fact]:
+        facts: dict[str, Fact] = {"relation": relation, **self._subject_facts(subject)}
+        if exchanged is not None and exchanged.claims is not None:
+            facts["aud"] = " ".join(exchanged.claims.aud)[:200]
+            facts["scope"] = " ".join(sorted(exchanged.claims.scopes))[:200]
+        if notes:
+            facts["notes"] = ",".join(notes)
+        return facts
 
     def _subject_facts(self, subject: Claims | None) -> dict[str, Fact]:
         """Name issuer, client and subject, the last by a digest that only this configuration makes."""

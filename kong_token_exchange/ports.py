@@ -10,6 +10,7 @@ The shells implement these; tests replace them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -124,6 +125,8 @@ class ExchangedToken:
     `reuse_until` is NumericDate, `reuse_until_monotonic` the same instant on the monotonic
     clock; the earlier one counts. `fingerprint` is that of the key that verified it, None where
     its signature was not looked at. `rendered` is the plugin's, for what it made of the token.
+    A hit at or after `refresh_at_monotonic` has it renewed in the background; each try puts the next
+    one off by `refresh_wait_s`, seconds, which then doubles.
     `dropped` is set once the cache has let go of it because it must not be handed out.
     """
 
@@ -132,6 +135,8 @@ class ExchangedToken:
     reuse_until: float | None
     reuse_until_monotonic: float
     fingerprint: bytes | None = field(default=None, repr=False)
+    refresh_at_monotonic: float = math.inf
+    refresh_wait_s: float = 5.0
     rendered: object = field(default=None, repr=False)
     dropped: bool = False
 
@@ -174,6 +179,25 @@ class TokenCache(Protocol):
         Raises:
             DeadlineError: the caller's own deadline passed while another one's exchange ran.
         """
+        ...
+
+    def renew(
+        self, key: bytes, old: ExchangedToken, exchange: Callable[[], ExchangedToken]
+    ) -> ExchangedToken | None:
+        """
+        Put what *exchange* gives in the place of *old*; None where *old* is gone or one is under way.
+
+        Raises:
+            TokenExchangeError: what *exchange* raised; *old* stays.
+        """
+        ...
+
+
+class Refresher(Protocol):
+    """Works in the background, within bounds."""
+
+    def offer(self, work: Callable[[], None], *, group: str) -> bool:
+        """Take *work* on, or say at once that there is no place; *group* shares a part of the threads."""
         ...
 
 

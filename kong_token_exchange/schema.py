@@ -492,6 +492,11 @@ _CACHE = _record(
             " gateway's own client and those of `jwt_bearer` are never cached.",
             between=(0, MAX_NEGATIVE_TTL_S),
         ),
+        "refresh_ahead": _flag(
+            "Renew a cached token in the background when it is used in the last fifth of its life and the"
+            " subject token outlives it. Never for `jwt_bearer`, whose assertions may be good for one use.",
+            default=True,
+        ),
     },
 )
 

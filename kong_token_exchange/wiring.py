@@ -29,6 +29,7 @@ from kong_token_exchange.shell.breaker import GuardedSender
 from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
+from kong_token_exchange.shell.refresher import BackgroundRefresher
 from kong_token_exchange.shell.token_cache import MemoryTokenCache
 
 
@@ -48,6 +49,7 @@ class Shells:
         self.metrics = CountingMetrics()
         self.audit = AuditLog(self.clock)
         self.cache = MemoryTokenCache(self.clock, metrics=self.metrics)
+        self.refresher = BackgroundRefresher()
         self._ca_file = ca_file
         self._resolve = dict(resolve or {})
         self._lock = threading.Lock()
@@ -94,6 +96,7 @@ class Shells:
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            refresher=self.refresher,
         )
 
     def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:

@@ -145,6 +145,23 @@ class MemoryTokenCache:
                     raise
         return self._fly(key, exchange, store=store)
 
+    def renew(
+        self, key: bytes, old: ExchangedToken, exchange: Callable[[], ExchangedToken]
+    ) -> ExchangedToken | None:
+        """
+        Put what *exchange* gives in the place of *old*; None where *old* is gone or one is under way.
+
+        It is a flight like any other: should *old* end meanwhile, whoever needs a new one waits for it.
+
+        Raises:
+            TokenExchangeError: what *exchange* raised; *old* stays.
+        """
+        with self._lock:
+            if key in self._flights or self._exchanged.get(key) is not old:
+                return None
+            self._flights[key] = Future()
+        return self._fly(key, exchange, store=True)
+
     def _board(
         self, key: bytes, *, store: bool
     ) -> tuple[Future[ExchangedToken] | None, ExchangedToken | None]:

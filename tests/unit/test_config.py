@@ -109,7 +109,7 @@ def test_the_least_configuration_has_the_defaults() -> None:
         narrowing="enforce",
         same_subject=None,
     )
-    assert CachePolicy(enabled=True, ttl=3600, ttl_neg=2.0) == config.cache
+    assert CachePolicy(enabled=True, ttl=3600, ttl_neg=2.0, refresh_ahead=True) == config.cache
     assert (
         CredentialSources(header=True, header_name=None, query=False, cookie_name=None) == config.credential
     )
@@ -980,7 +980,7 @@ def test_required_values_are_alternatives_of_words() -> None:
     ],
 )
 def test_cache_ttl(changes: dict[str, object], ttl: int) -> None:
-    assert CachePolicy(enabled=True, ttl=ttl, ttl_neg=2.0) == load(changes).cache
+    assert CachePolicy(enabled=True, ttl=ttl, ttl_neg=2.0, refresh_ahead=True) == load(changes).cache
 
 
 def test_result_limits_and_subjects() -> None:

@@ -28,7 +28,7 @@ from kong_token_exchange.errors import (
     TokenExchangeError,
 )
 from kong_token_exchange.flow import REUSE_MARGIN_S, Flow, FlowResult
-from kong_token_exchange.ports import AuditEvent, NotInMemoryError, VerifiedToken
+from kong_token_exchange.ports import AuditEvent, NotInMemoryError, Refresher, VerifiedToken
 from kong_token_exchange.protocol.bearer import render
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.shell.audit_log import AuditLog
@@ -104,6 +104,7 @@ class Bench:
         cache: MemoryTokenCache | None = None,
         clock: FakeClock | SystemClock | None = None,
         issuers: tuple[FakeIssuer, ...] = (target, partner),
+        refresher: Refresher | None = None,
     ) -> None:
         self.config = raw if isinstance(raw, PluginConfig) else load_config(CONFIG if raw is None else raw)
         self.clock: Any = clock or FakeClock()
@@ -123,6 +124,7 @@ class Bench:
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            refresher=refresher,
         )
 
     def run(self, token: str, *, within: float | None = 5.0) -> FlowResult:

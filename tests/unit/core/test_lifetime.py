@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kong_token_exchange.core.lifetime import reuse_deadline
+from kong_token_exchange.core.lifetime import MIN_LIFE_TO_REFRESH_S, refresh_instant, reuse_deadline
 
 NOW = 1_800_000_000.0
 
@@ -60,3 +60,35 @@ def test_tokens_that_end_now_are_not_kept(bound: str, exp: float, left: float | 
 def test_result_without_any_expiry_is_not_kept() -> None:
     assert reuse_deadline(**{**FAR, "expires_in": None, "result_exp": None}) is None
     assert reuse_deadline(**{**FAR, "expires_in": None, "result_exp": None, "max_lifetime": 60}) is None
+
+
+# --- ahead of the end -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spread", "share"), [(0.0, 0.8), (0.5, 0.85), (1.0, 0.9)])
+def test_res_04_a_token_is_renewed_in_the_last_part_of_its_life(spread: float, share: float) -> None:
+    instant = refresh_instant(now=NOW, reuse_until=NOW + 100, subject_end=NOW + 500, spread=spread)
+
+    assert instant == pytest.approx(NOW + 100 * share)
+
+
+@pytest.mark.parametrize(
+    ("life", "outlives", "renewed"),
+    [
+        (100, 20, True),
+        (100, 19.999, False),
+        (100, 0, False),
+        (100, -1, False),
+        (MIN_LIFE_TO_REFRESH_S, 100, True),
+        (MIN_LIFE_TO_REFRESH_S - 0.001, 100, False),
+    ],
+    ids=["as-long-as-the-window", "a-little-less", "with-it", "before-it", "shortest-life", "shorter"],
+)
+def test_a_token_is_renewed_where_that_lengthens_its_use(life: float, outlives: float, renewed: bool) -> None:
+    instant = refresh_instant(now=NOW, reuse_until=NOW + life, subject_end=NOW + life + outlives, spread=0.0)
+
+    assert renewed is (instant is not None)
+
+
+def test_what_is_not_kept_is_not_renewed() -> None:
+    assert None is refresh_instant(now=NOW, reuse_until=None, subject_end=NOW + 500, spread=0.0)
