@@ -66,7 +66,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument(
         "--exit-with-parent",
         action="store_true",
-        help="end when the process that started this one is gone: for Kong's start_cmd, not for a sidecar",
+        help="end when the process that started this one is gone, after a reload not before a successor "
+        "listens: for Kong's start_cmd, not for a sidecar",
     )
     serve.add_argument(
         "--threads", type=int, default=64, help="threads for exchanges in each process (default: 64)"
@@ -100,6 +101,10 @@ def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
 
 
 def _run_serve(options: argparse.Namespace) -> int:
+    if options.exit_with_parent:
+        from kong_token_exchange.pluginserver.keeper import keep  # noqa: PLC0415 - before all that is large
+
+        keep()
     # Imported here: the query command must answer without loading HTTP and cryptography.
     from kong_token_exchange.pluginserver.supervisor import serve_workers  # noqa: PLC0415 - see above
     from kong_token_exchange.shell.log_queue import queue_log_lines  # noqa: PLC0415 - see above

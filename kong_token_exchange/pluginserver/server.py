@@ -29,7 +29,7 @@ from kong_token_exchange.pluginserver.faults import FaultLog, Faults, make_fault
 from kong_token_exchange.pluginserver.instances import InstanceRegistry, LocalInstances
 from kong_token_exchange.pluginserver.loop import DEFAULT_DEADLINE_S, Loop
 from kong_token_exchange.pluginserver.offload import DEFAULT_QUEUE_FACTOR, DEFAULT_THREADS, Pool, Post
-from kong_token_exchange.pluginserver.parent import Parent
+from kong_token_exchange.pluginserver.parent import Handover, Parent
 
 # The owner alone: Kong starts the server as the user its workers run as. A sidecar under
 # another user needs a group and 0660, in a directory of its own.
@@ -105,11 +105,18 @@ class SocketPath:
                 temporary.unlink()
             raise
 
+    def is_current(self) -> bool:
+        """Tell whether the path still leads here: nobody has taken it over or removed it."""
+        try:
+            status = self.path.lstat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
     def remove(self) -> None:
         """Remove the path if it is still this socket's."""
         with contextlib.suppress(OSError):
-            status = self.path.lstat()
-            if (status.st_dev, status.st_ino) == self._identity:
+            if self.is_current():
                 self.path.unlink()
         with contextlib.suppress(OSError):
             os.close(self._pin)
@@ -184,7 +191,8 @@ def serve(
         socket_path: Where Kong connects; replaced if it is there.
         socket_mode: Permission bits of the socket.
         socket_group: Name or number of the socket's group; this process's by default.
-        exit_with_parent: Whether to stop, as on SIGTERM, when the parent process is gone.
+        exit_with_parent: Whether to stop when the parent process is gone, and, at a reload of the
+            gateway, a successor has the path; for what `keeper.keep` was called in.
         threads: See `make_loop`.
         queue_limit: See `make_loop`.
         deadline_s: See `make_loop`.
@@ -206,7 +214,8 @@ def serve(
         try:
             loop.listen(listener.socket)
             logger.info("plugin %s listens on %s", plugin.name, socket_path)
-            with stopped_by_signals(loop), parent.watched(loop) if exit_with_parent else nullcontext():
+            handover = Handover(parent, listener.is_current) if exit_with_parent else None
+            with stopped_by_signals(loop), handover.watched(loop) if handover else nullcontext():
                 if ready is not None:
                     ready()
                 loop.run()

@@ -38,7 +38,7 @@ from kong_token_exchange.pluginserver.faults import FaultLog, Faults
 from kong_token_exchange.pluginserver.journal import Journal, JournalInstances
 from kong_token_exchange.pluginserver.loop import DEFAULT_DEADLINE_S, DRAIN_S, Loop, Peer
 from kong_token_exchange.pluginserver.offload import DEFAULT_THREADS
-from kong_token_exchange.pluginserver.parent import Parent
+from kong_token_exchange.pluginserver.parent import Handover, Parent
 from kong_token_exchange.pluginserver.server import (
     DEFAULT_SOCKET_MODE,
     SocketPath,
@@ -110,7 +110,8 @@ def serve_workers(
         socket_path: Where Kong connects; replaced if it is there.
         socket_mode: Permission bits of the socket.
         socket_group: Name or number of the socket's group.
-        exit_with_parent: Whether to stop when the parent process is gone.
+        exit_with_parent: Whether to stop when the parent process is gone, and, at a reload of the
+            gateway, a successor has the path; for what `keeper.keep` was called in.
         threads: Threads for `access`, of each worker.
         queue_limit: Events that may wait for one, in each worker.
         deadline_s: How long an `access` may take.
@@ -310,7 +311,7 @@ class Supervisor:
         work: What a worker does, given its control socket and the journal.
         make_listener: Takes the path; called once a worker is ready.
         workers: How many.
-        parent: Stop when it is gone; None to outlive it.
+        parent: Stop when it is gone and a successor is there; None to outlive it.
         ready: Called once connections are accepted.
         drain_limit_s: How long workers may take to end.
         max_connections: Of each worker; by default what its descriptors allow.
@@ -330,7 +331,7 @@ class Supervisor:
     ) -> None:
         self._work = work
         self._make_listener = make_listener
-        self._parent = parent
+        self._handover = Handover(parent, self._is_current) if parent is not None else None
         self._ready = ready
         self._drain_limit_s = drain_limit_s
         self._max_connections = max_connections or _connections_of_a_worker()
@@ -364,8 +365,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until told to stop; return the exit status."""
-        if self._parent is not None:
-            self._parent.signal_on_death()
         try:
             while not self._is_over():
                 if self._has_given_up():
@@ -378,10 +377,10 @@ class Supervisor:
             self._close()
 
     def _is_over(self) -> bool:
-        if self._parent is not None and self._parent.is_gone():
-            logger.warning("the parent process is gone: stopping")
-            return True
-        return self._stop_asked
+        return self._stop_asked or (self._handover is not None and self._handover.is_over())
+
+    def _is_current(self) -> bool:
+        return self._listener is not None and self._listener.is_current()
 
     def _has_given_up(self) -> bool:
         return all(slot.worker is None and slot.failed_starts >= START_ATTEMPTS for slot in self._slots)

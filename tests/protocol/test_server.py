@@ -143,7 +143,10 @@ def test_what_is_at_the_path_is_replaced(path: Path, kind: str) -> None:
         old.socket.close()
 
     assert stat.S_ISSOCK(path.lstat().st_mode)
+    assert new.is_current()
+    assert old is None or not old.is_current()
     new.remove()
+    assert not new.is_current()
     new.remove()
     new.socket.close()
     assert not path.exists()

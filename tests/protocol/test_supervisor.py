@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 
-from kong_token_exchange.pluginserver.parent import Parent
 from kong_token_exchange.pluginserver.ready import is_ready
 from kong_token_exchange.pluginserver.server import SocketPath
 from kong_token_exchange.pluginserver.supervisor import (
@@ -513,22 +512,6 @@ def test_server_outlives_its_parent_unless_told_otherwise(start: Start, workers:
     finally:
         os.kill(server.pid, signal.SIGTERM)
     eventually(lambda: not is_running(server.pid))
-
-
-def test_changed_parent_is_noticed_without_the_kernel_telling(monkeypatch: pytest.MonkeyPatch) -> None:
-    stops: list[bool] = []
-
-    class Process:
-        def request_stop(self) -> None:
-            stops.append(True)
-
-    monkeypatch.setattr(Parent, "signal_on_death", lambda self: None)
-    parent = Parent()
-    with parent.watched(Process(), check_s=0.01):
-        assert [] == stops
-        monkeypatch.setattr("os.getppid", lambda: 1 - 2)
-        eventually(lambda: stops)
-    assert [True] == stops
 
 
 # --- numbers --------------------------------------------------------------------------

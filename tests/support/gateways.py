@@ -131,6 +131,11 @@ class KongOnPath:
     def write_config(self, config: Mapping[str, Any]) -> None:
         self.config_path.write_text(yaml.safe_dump(with_addresses(config, self.upstreams)), encoding="utf-8")
 
+    def worker_pids(self) -> list[int]:
+        """nginx's workers, those included that end after a reload."""
+        master = int((self.prefix / "kong" / "pids" / "nginx.pid").read_text())
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
     def reload(self, config: Mapping[str, Any]) -> None:
         self.write_config(config)
         self._kong("reload", "-c", str(self.conf))
