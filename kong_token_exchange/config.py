@@ -80,10 +80,11 @@ class TargetIssuer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCredentials:
-    """The client that we are at the token endpoint."""
+    """The client that we are at the token endpoint; its secret is here, or in a file, or there is none."""
 
     client_id: str
     client_secret: Secret | None
+    client_secret_file: str | None
     method: ClientMethod
 
 
@@ -741,21 +742,27 @@ def _warn_of_near_duplicates(
 
 def _build_client(members: Members, notes: _Notes) -> ClientCredentials:
     ids, secrets = members["client_id"], members["client_secret"] or []
+    file: str | None = members["client_secret_file"]
     methods = members["client_auth"] or []
     method = cast("ClientMethod", methods[0] if methods else "client_secret_basic")
     if len(methods) > len(ids):
         raise ConfigError("client_auth", "has more elements than client_id")
     if secrets and len(secrets) != len(ids):
         raise ConfigError("client_secret", "must have as many elements as client_id")
-    if method != "none" and not secrets:
-        raise ConfigError("client_secret", f"required with {method}")
-    if method == "none" and secrets:
-        notes.warn("client_secret", "not used: client_auth is none")
+    if file is not None and not file.startswith("/"):
+        raise ConfigError("client_secret_file", "must be an absolute path")
+    if file is not None and secrets:
+        raise ConfigError("client_secret_file", "stands instead of client_secret, not beside it")
+    if method != "none" and not secrets and file is None:
+        raise ConfigError("client_secret", f"required with {method}, or client_secret_file")
+    if method == "none" and (secrets or file):
+        notes.warn("client_secret" if secrets else "client_secret_file", "not used: client_auth is none")
     if len(ids) > 1:
         notes.warn("client_id", "only the first client is used")
     return ClientCredentials(
         client_id=ids[0],
-        client_secret=None if method == "none" else Secret(secrets[0]),
+        client_secret=None if method == "none" or not secrets else Secret(secrets[0]),
+        client_secret_file=None if method == "none" else file,
         method=method,
     )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from zlib import crc32
 
-from kong_token_exchange.config import PluginConfig
+from kong_token_exchange.config import ClientCredentials, PluginConfig
 from kong_token_exchange.core.cache_key import digest_fields
 from kong_token_exchange.core.claims import (
     Claims,
@@ -41,6 +41,7 @@ from kong_token_exchange.core.narrowing import check_same_subject, find_widening
 from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, SubjectTokenIssuer
 from kong_token_exchange.errors import (
     AccessDeniedError,
+    ClientRefusedError,
     DeadlineError,
     ExchangedTokenError,
     Fact,
@@ -55,6 +56,7 @@ from kong_token_exchange.lease import LEASE_S, Leases, Terms
 from kong_token_exchange.ports import (
     AuditEvent,
     AuditSink,
+    ClientSecrets,
     Clock,
     ExchangedToken,
     HttpSender,
@@ -80,7 +82,12 @@ from kong_token_exchange.protocol.exchange import (
     build_exchange_request,
     process_exchange_response,
 )
+from kong_token_exchange.protocol.http_message import HttpRequest
 from kong_token_exchange.protocol.shared_grant import build_shared_grant, process_shared_grant
+from kong_token_exchange.secret import Secret
+
+# What an issuer says of a wrong secret (RFC 6749 section 5.2; the second is Keycloak's word).
+_SECRET_REFUSED = ("invalid_client", "unauthorized_client")
 
 # Kept free before a cached token's end, seconds: the time a request takes to reach the upstream
 # and be judged there by a clock of its own.
@@ -130,7 +137,11 @@ class _Grant:
 
 
 class Flow:
-    """One plugin configuration's pipeline over shared ports; `shared` only where it is configured."""
+    """
+    One plugin configuration's pipeline over shared ports.
+
+    `shared` and `secrets` are given only where they are configured.
+    """
 
     def __init__(
         self,
@@ -144,6 +155,7 @@ class Flow:
         metrics: Metrics,
         shared: SharedCache | None = None,
         refresher: Refresher | None = None,
+        secrets: ClientSecrets | None = None,
     ) -> None:
         self._config = config
         self._sender = sender
@@ -156,7 +168,7 @@ class Flow:
         self._clock = clock
         self._audit = audit
         self._metrics = metrics
-        self._authenticate = _client_authentication(config)
+        self._secrets = secrets
         self._target = IssuerEndpoints(
             issuer=config.target.issuer,
             discovery_url=config.target.discovery_url,
@@ -501,16 +513,35 @@ class Flow:
         )
         # `expires_in` counts from an instant between here and the answer: the earliest is safe.
         sent_at, sent_at_monotonic = self._clock.now(), self._clock.monotonic()
-        answer = self._sender.send(
-            self._authenticate(request), deadline=deadline, max_body=MAX_RESPONSE_BYTES
-        )
-        response = process_exchange_response(
+        secret = config.client.client_secret if self._secrets is None else self._secrets.current()
+        try:
+            response = self._send(order, request, secret, deadline=deadline)
+        except ClientRefusedError as refused:
+            other = self._other_secret(refused, secret)
+            if other is None:
+                raise
+            # Refused for its client, the first request has used nothing up.
+            response = self._send(order, request, other, deadline=deadline)
+        return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=sent_at_monotonic)
+
+    def _send(
+        self, order: _Order, request: HttpRequest, secret: Secret | None, *, deadline: float
+    ) -> ExchangeResponse:
+        config = self._config
+        authenticate = _client_authentication(config.client, secret)
+        answer = self._sender.send(authenticate(request), deadline=deadline, max_body=MAX_RESPONSE_BYTES)
+        return process_exchange_response(
             answer,
             grant_type=config.request.grant_type,
             subject_token=order.token,
             max_token_size=config.max_token_size,
         )
-        return _Grant(response=response, sent_at=sent_at, sent_at_monotonic=sent_at_monotonic)
+
+    def _other_secret(self, refused: ClientRefusedError, secret: Secret | None) -> Secret | None:
+        """Return what a rotation may have made the secret, where it was the secret that was refused."""
+        if self._secrets is None or secret is None or not _means_secret(refused):
+            return None
+        return self._secrets.other_than(secret)
 
     def _admit(self, order: _Order, grant: _Grant, *, deadline: float) -> ExchangedToken:
         """Prove the result, and say until when it may be handed out again."""
@@ -716,13 +747,18 @@ class Flow:
         return {**names, **facts}
 
 
-def _client_authentication(config: PluginConfig) -> ClientAuthentication:
-    client = config.client
-    if client.method == "none" or client.client_secret is None:
+def _means_secret(refused: ClientRefusedError) -> bool:
+    if refused.reason == "client_refused":
+        return refused.facts.get("error") in _SECRET_REFUSED
+    return refused.reason == "token_endpoint_refused" and refused.facts.get("http_status") == 401
+
+
+def _client_authentication(client: ClientCredentials, secret: Secret | None) -> ClientAuthentication:
+    if secret is None:
         return public_client(client.client_id)
     if client.method == "client_secret_post":
-        return client_secret_post(client.client_id, client.client_secret)
-    return client_secret_basic(client.client_id, client.client_secret)
+        return client_secret_post(client.client_id, secret)
+    return client_secret_basic(client.client_id, secret)
 
 
 def _endpoints_of(entry: SubjectTokenIssuer) -> IssuerEndpoints:

@@ -141,6 +141,23 @@ class ExchangedToken:
     dropped: bool = False
 
 
+class ClientSecrets(Protocol):
+    """A client secret that somebody rotates; asked where waiting is allowed."""
+
+    def current(self) -> Secret:
+        """
+        Return the secret to authenticate with now.
+
+        Raises:
+            GatewayError: there is none.
+        """
+        ...
+
+    def other_than(self, refused: Secret) -> Secret | None:
+        """Return another one to try once, because the issuer refused *refused*; None where there is none."""
+        ...
+
+
 class TokenCache(Protocol):
     """Bounded memory: verified subject tokens, exchanged tokens, and one exchange per key at a time."""
 

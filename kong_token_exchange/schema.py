@@ -375,8 +375,8 @@ _OWN: dict[str, Field] = {
         " on the network.",
         default=False,
     ),
-    "client_secret_file": _later(
-        _text("A file holding the client secret, read again when it changes; instead of `client_secret`.")
+    "client_secret_file": _text(
+        "A file with the secret of the first client, instead of `client_secret`; read again when it changes."
     ),
 }
 

@@ -30,6 +30,7 @@ from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
 from kong_token_exchange.shell.refresher import BackgroundRefresher
+from kong_token_exchange.shell.secret_file import SecretFile
 from kong_token_exchange.shell.token_cache import MemoryTokenCache
 
 
@@ -57,6 +58,7 @@ class Shells:
         self._senders: dict[tuple[str | None, bool, int], RequestsSender] = {}
         self._guards: dict[tuple[str | None, bool, int, BreakerPolicy], GuardedSender] = {}
         self._key_sources: dict[tuple[str | None, bool, int, bool], IssuerKeySource] = {}
+        self._secret_files: dict[str, SecretFile] = {}
 
     def make_flow(self, config: PluginConfig) -> Flow:
         """
@@ -88,6 +90,7 @@ class Shells:
                 sender, self.clock, allow_http=config.insecure_allow_http
             )
             self._key_sources[source_key] = keys
+            secrets = self._secret_file(config.client.client_secret_file)
         return Flow(
             config,
             sender=guard,
@@ -97,7 +100,12 @@ class Shells:
             audit=self.audit,
             metrics=self.metrics,
             refresher=self.refresher,
+            secrets=secrets,
         )
+
+    def _secret_file(self, path: str | None) -> SecretFile | None:
+        """Return the one reader of *path*: instances that share a file see one rotation."""
+        return self._secret_files.setdefault(path, SecretFile(path, self.clock)) if path else None
 
     def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:
         """Return the plugin over these shells."""

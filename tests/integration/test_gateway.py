@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,62 @@ def test_a_changed_configuration_is_in_force_at_once(stage: Stage) -> None:
 
     assert wait_until(serves_the_new_one)
     assert before != stage.forwarded()
+
+
+@pytest.mark.parametrize("first", ["file", "issuer"])
+def test_fault_96_a_secret_in_a_file_is_rotated_while_requests_flow(
+    stage: Stage, tmp_path: Path, first: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("client-2-secret\n", encoding="utf-8")
+    issuer = stage.issuers.issuers["internal"]
+    stage.start(one_route(client_secret=None, client_secret_file=str(secret)))
+
+    def change_file() -> None:
+        new = tmp_path / "new"
+        new.write_text("rotated\n", encoding="utf-8")
+        new.rename(secret)
+
+    def change_issuer() -> None:
+        rotated = replace(issuer.realm.clients["client-2"], secret="rotated")
+        issuer.realm = replace(issuer.realm, clients={**issuer.realm.clients, "client-2": rotated})
+
+    statuses: list[int] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            # A token that no cache has.
+            statuses.append(stage.get(token=stage.token()).status_code)
+
+    def goes_on() -> bool:
+        seen = len(statuses)
+        return wait_until(lambda: len(statuses) > seen + 5)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert goes_on()
+        (change_file if first == "file" else change_issuer)()
+        if first == "file":
+            # Longer than the second in which the file is not looked at again.
+            assert wait_until(lambda: "the one before it is tried" in stage.gateway.logs())
+            assert goes_on()
+        # The issuer ahead of the file refuses until the file follows.
+        (change_issuer if first == "file" else change_file)()
+        assert goes_on()
+        settled = len(statuses)
+        assert goes_on()
+    finally:
+        ended.set()
+        asking.join(30)
+
+    assert {200} == set(statuses[settled:])
+    # Never the caller's fault.
+    assert set(statuses) <= {200, 500}
+    # With the file first: at most the one that had tried the new secret before the issuer changed.
+    assert first == "issuer" or statuses.count(500) <= 1
+    assert "rotated" not in stage.gateway.logs()
 
 
 def test_a_token_in_the_query_is_exchanged_and_removed(stage: Stage) -> None:

@@ -699,9 +699,21 @@ def test_a_public_client_has_no_secret() -> None:
     assert [warning.partition(":")[0] for warning in ignored.warnings] == ["client_secret"]
 
 
+def test_the_secret_may_be_in_a_file() -> None:
+    client = load({"client_secret": None, "client_secret_file": "/run/secrets/gateway"}).client
+    assert (None, "/run/secrets/gateway") == (client.client_secret, client.client_secret_file)
+    ignored = load({"client_auth": ["none"], "client_secret": None, "client_secret_file": "/run/secrets/x"})
+    assert ignored.client.client_secret_file is None
+    assert [warning.partition(":")[0] for warning in ignored.warnings] == ["client_secret_file"]
+
+
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
+        ({"client_secret_file": "/run/secrets/gateway"}, "client_secret_file"),
+        ({"client_secret": None, "client_secret_file": "gateway"}, "client_secret_file"),
+        ({"client_secret": None, "client_secret_file": ""}, "client_secret_file"),
+        ({"client_secret": None, "client_secret_file": "/a\n"}, "client_secret_file"),
         ({"client_secret": None}, "client_secret"),
         ({"client_secret": []}, "client_secret"),
         ({"client_secret": [SECRET, SECRET]}, "client_secret"),
