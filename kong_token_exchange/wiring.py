@@ -27,6 +27,7 @@ from kong_token_exchange.schema import MAX_DEADLINE_MS
 from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
 from kong_token_exchange.shell.breaker import GuardedSender
 from kong_token_exchange.shell.clock import SystemClock
+from kong_token_exchange.shell.exchange_client import ExchangeSender
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
 from kong_token_exchange.shell.refresher import BackgroundRefresher
@@ -55,7 +56,7 @@ class Shells:
         self._resolve = dict(resolve or {})
         self._lock = threading.Lock()
         # Keyed by every setting that shapes a connection or a fetched document (EXC-30).
-        self._senders: dict[tuple[str | None, bool, int], RequestsSender] = {}
+        self._senders: dict[tuple[str | None, bool, int], tuple[RequestsSender, ExchangeSender]] = {}
         self._guards: dict[tuple[str | None, bool, int, BreakerPolicy], GuardedSender] = {}
         self._key_sources: dict[tuple[str | None, bool, int, bool], IssuerKeySource] = {}
         self._secret_files: dict[str, SecretFile] = {}
@@ -71,18 +72,13 @@ class Shells:
         settings = (ca_file, config.ssl_verify, config.timeout_ms)
         with self._lock:
             try:
-                sender = self._senders.get(settings) or RequestsSender(
-                    ca_file=ca_file,
-                    verify=config.ssl_verify,
-                    read_timeout_s=config.timeout_ms / 1000,
-                    resolve=self._resolve,
-                )
+                sender, exchange_sender = self._senders.get(settings) or self._make_senders(config, ca_file)
             except (OSError, ValueError):
                 raise ConfigError("ca_file", "cannot be read as PEM certificates") from None
-            self._senders[settings] = sender
+            self._senders[settings] = sender, exchange_sender
             guard_key = (*settings, config.breaker)
             guard = self._guards.get(guard_key) or GuardedSender(
-                sender, self.clock, self.metrics, policy=config.breaker
+                exchange_sender, self.clock, self.metrics, policy=config.breaker
             )
             self._guards[guard_key] = guard
             source_key = (*settings, config.insecure_allow_http)
@@ -106,6 +102,22 @@ class Shells:
     def _secret_file(self, path: str | None) -> SecretFile | None:
         """Return the one reader of *path*: instances that share a file see one rotation."""
         return self._secret_files.setdefault(path, SecretFile(path, self.clock)) if path else None
+
+    def _make_senders(
+        self, config: PluginConfig, ca_file: str | None
+    ) -> tuple[RequestsSender, ExchangeSender]:
+        verify, seconds, resolve = config.ssl_verify, config.timeout_ms / 1000, self._resolve
+        return (
+            RequestsSender(ca_file=ca_file, verify=verify, read_timeout_s=seconds, resolve=resolve),
+            ExchangeSender(ca_file=ca_file, verify=verify, read_timeout_s=seconds, resolve=resolve),
+        )
+
+    def close(self) -> None:
+        """Close the connections that lie idle."""
+        with self._lock:
+            for documents, exchanges in self._senders.values():
+                documents.close()
+                exchanges.close()
 
     def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:
         """Return the plugin over these shells."""

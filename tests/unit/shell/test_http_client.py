@@ -1,4 +1,4 @@
-"""The HTTP client over real sockets: every way a server can be wrong, slow or hostile."""
+"""Both HTTP clients over real sockets: every way a server can be wrong, slow or hostile."""
 
 import gzip
 import socket
@@ -20,7 +20,8 @@ from kong_token_exchange.errors import (
     TokenExchangeError,
 )
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
-from kong_token_exchange.shell import http_client
+from kong_token_exchange.shell import connections, exchange_client, http_client
+from kong_token_exchange.shell.exchange_client import ExchangeSender
 from kong_token_exchange.shell.http_client import RequestsSender
 from tests.support.fakes import PATIENCE_S, run_in_threads
 from tests.unit.shell.peers import (
@@ -48,10 +49,19 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("ca"))
 
 
+AnySender = RequestsSender | ExchangeSender
+
+
+@pytest.fixture(params=[RequestsSender, ExchangeSender])
+def kind(request: pytest.FixtureRequest) -> type[AnySender]:
+    made: type[AnySender] = request.param
+    return made
+
+
 @pytest.fixture
-def sender(authority: Authority) -> Iterator[RequestsSender]:
+def sender(kind: type[AnySender], authority: Authority) -> Iterator[AnySender]:
     # With one certificate to load it is made faster than with the system's hundreds.
-    made = RequestsSender(ca_file=str(authority.file))
+    made = kind(ca_file=str(authority.file))
     yield made
     made.close()
 
@@ -65,13 +75,13 @@ def get(url: str, **headers: str) -> HttpRequest:
 
 
 def ask(
-    sender: RequestsSender, request: HttpRequest, *, within: float = PATIENCE_S, max_body: int = MAX_BODY
+    sender: AnySender, request: HttpRequest, *, within: float = PATIENCE_S, max_body: int = MAX_BODY
 ) -> HttpResponse:
     return sender.send(request, deadline=time.monotonic() + within, max_body=max_body)
 
 
 def failure(
-    sender: RequestsSender, request: HttpRequest, *, within: float = PATIENCE_S, max_body: int = MAX_BODY
+    sender: AnySender, request: HttpRequest, *, within: float = PATIENCE_S, max_body: int = MAX_BODY
 ) -> TokenExchangeError:
     began = time.monotonic()
     with pytest.raises(TokenExchangeError) as caught:
@@ -85,7 +95,7 @@ def failure(
 # --- messages -------------------------------------------------------------------------
 
 
-def test_a_request_goes_out_as_it_is_and_its_answer_comes_back(sender: RequestsSender) -> None:
+def test_a_request_goes_out_as_it_is_and_its_answer_comes_back(sender: AnySender) -> None:
     with Server(serve(b'{"a":1}', 201, "X-Some-Thing: Value")) as server:
         response = ask(sender, post(server.url + "/token?x=y", b"a=b&c=d", Accept="application/json"))
 
@@ -101,7 +111,7 @@ def test_a_request_goes_out_as_it_is_and_its_answer_comes_back(sender: RequestsS
     assert (201, b'{"a":1}', "Value") == (response.status, response.body, response.headers["x-some-thing"])
 
 
-def test_a_chunked_answer_is_put_together(sender: RequestsSender) -> None:
+def test_a_chunked_answer_is_put_together(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         while peer.read_request():
             peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -112,13 +122,18 @@ def test_a_chunked_answer_is_put_together(sender: RequestsSender) -> None:
         assert 1 == server.connections
 
 
-def test_an_answer_may_end_with_its_connection(sender: RequestsSender) -> None:
+def test_an_answer_may_end_with_its_connection(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
         peer.send(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}")
 
     with Server(script) as server:
         assert b"{}" == ask(sender, get(server.url)).body
+
+
+def test_headers_of_one_name_are_one_list(sender: AnySender) -> None:
+    with Server(serve(b"{}", 200, "X-A: b", "x-a: c")) as server:
+        assert "b, c" == ask(sender, get(server.url)).headers["x-a"]
 
 
 # --- nothing is followed, nothing is kept ---------------------------------------------
@@ -128,9 +143,7 @@ def test_an_answer_may_end_with_its_connection(sender: RequestsSender) -> None:
     "status", [300, 301, 302, 303, 305, 307, 308], ids=lambda status: f"EXC-27-KEY-05-{status}"
 )
 @pytest.mark.parametrize("make", [get, post], ids=["get", "post"])
-def test_no_redirect_is_followed(
-    sender: RequestsSender, make: Callable[[str], HttpRequest], status: int
-) -> None:
+def test_no_redirect_is_followed(sender: AnySender, make: Callable[[str], HttpRequest], status: int) -> None:
     with (
         Server(serve()) as evil,
         Server(serve(b"", status, f"Location: {evil.url}/", "Refresh: 0")) as server,
@@ -140,7 +153,7 @@ def test_no_redirect_is_followed(
     assert (status, 1, 0) == (response.status, len(server.requests), evil.connections)
 
 
-def test_no_cookie_is_kept(sender: RequestsSender) -> None:
+def test_no_cookie_is_kept(sender: AnySender) -> None:
     with Server(serve(b"{}", 200, "Set-Cookie: session=mark; Path=/")) as server:
         for _ in range(2):
             ask(sender, get(server.url))
@@ -174,8 +187,10 @@ def hostile_environment(
     assert not (tmp_path / "session-keys").exists()
 
 
-def test_key_18_proxies_and_netrc_of_the_environment_are_not_used(hostile_environment: Server) -> None:
-    sender = RequestsSender()
+def test_key_18_proxies_and_netrc_of_the_environment_are_not_used(
+    kind: type[AnySender], hostile_environment: Server
+) -> None:
+    sender = kind()
     with Server(serve()) as server:
         ask(sender, post(server.url))
         ask(sender, post(server.url, Authorization="Basic ours"))
@@ -185,9 +200,9 @@ def test_key_18_proxies_and_netrc_of_the_environment_are_not_used(hostile_enviro
 
 
 def test_key_18_certificates_of_the_environment_are_not_used(
-    hostile_environment: Server, authority: Authority
+    kind: type[AnySender], hostile_environment: Server, authority: Authority
 ) -> None:
-    sender = RequestsSender()
+    sender = kind()
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         error = failure(sender, get(server.url))
     sender.close()
@@ -195,8 +210,10 @@ def test_key_18_certificates_of_the_environment_are_not_used(
     assert ("tls_refused", []) == (error.reason, server.requests)
 
 
-def test_key_18_session_keys_are_not_written(hostile_environment: Server, authority: Authority) -> None:
-    sender = RequestsSender(ca_file=str(authority.file))
+def test_key_18_session_keys_are_not_written(
+    kind: type[AnySender], hostile_environment: Server, authority: Authority
+) -> None:
+    sender = kind(ca_file=str(authority.file))
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         assert 200 == ask(sender, get(server.url)).status
     sender.close()
@@ -226,7 +243,7 @@ FRAMINGS: dict[str, Callable[[Peer, int], None]] = {
 
 
 @pytest.mark.parametrize("send", FRAMINGS.values(), ids=FRAMINGS.keys())
-def test_a_body_up_to_the_limit_is_read(sender: RequestsSender, send: Callable[[Peer, int], None]) -> None:
+def test_a_body_up_to_the_limit_is_read(sender: AnySender, send: Callable[[Peer, int], None]) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
         send(peer, 50_000)
@@ -236,7 +253,7 @@ def test_a_body_up_to_the_limit_is_read(sender: RequestsSender, send: Callable[[
 
 
 @pytest.mark.parametrize("send", FRAMINGS.values(), ids=[f"KEY-06-FAULT-18-{name}" for name in FRAMINGS])
-def test_a_longer_body_is_refused(sender: RequestsSender, send: Callable[[Peer, int], None]) -> None:
+def test_a_longer_body_is_refused(sender: AnySender, send: Callable[[Peer, int], None]) -> None:
     def script(peer: Peer) -> None:
         while peer.read_request():
             send(peer, 50_000)
@@ -248,7 +265,7 @@ def test_a_longer_body_is_refused(sender: RequestsSender, send: Callable[[Peer, 
     assert 2 == server.connections, "what is left of a long answer must not be the start of the next"
 
 
-def test_key_06_a_body_without_end_is_cut_at_the_limit(sender: RequestsSender) -> None:
+def test_key_06_a_body_without_end_is_cut_at_the_limit(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
         peer.send(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -260,7 +277,7 @@ def test_key_06_a_body_without_end_is_cut_at_the_limit(sender: RequestsSender) -
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "br", "zstd", "identity, gzip", "GZIP"])
-def test_key_06_an_encoded_answer_is_refused(sender: RequestsSender, encoding: str) -> None:
+def test_key_06_an_encoded_answer_is_refused(sender: AnySender, encoding: str) -> None:
     bomb = gzip.compress(b"x" * 10_000_000)
     with Server(serve(bomb, 200, f"Content-Encoding: {encoding}")) as server:
         error = failure(sender, get(server.url))
@@ -268,7 +285,7 @@ def test_key_06_an_encoded_answer_is_refused(sender: RequestsSender, encoding: s
     assert (502, "response_encoded") == (error.status, error.reason)
 
 
-def test_identity_is_no_encoding(sender: RequestsSender) -> None:
+def test_identity_is_no_encoding(sender: AnySender) -> None:
     with Server(serve(b"{}", 200, "Content-Encoding: Identity")) as server:
         assert b"{}" == ask(sender, get(server.url)).body
 
@@ -292,7 +309,7 @@ DRIPS: dict[str, Script] = {
 
 @pytest.mark.parametrize("drip", DRIPS.values(), ids=[f"FAULT-06-RES-14-{name}" for name in DRIPS])
 def test_res_14_an_answer_that_comes_byte_by_byte_is_cut_at_the_deadline(
-    sender: RequestsSender, drip: Script
+    sender: AnySender, drip: Script
 ) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
@@ -305,7 +322,7 @@ def test_res_14_an_answer_that_comes_byte_by_byte_is_cut_at_the_deadline(
     assert {"host": f"127.0.0.1:{server.port}"} == error.facts
 
 
-def test_fault_06_over_tls(sender: RequestsSender, authority: Authority) -> None:
+def test_fault_06_over_tls(sender: AnySender, authority: Authority) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
         DRIPS["body"](peer)
@@ -316,15 +333,15 @@ def test_fault_06_over_tls(sender: RequestsSender, authority: Authority) -> None
     assert "deadline" == error.reason
 
 
-def test_fault_12_a_tls_handshake_that_never_ends_is_cut_at_the_deadline(sender: RequestsSender) -> None:
+def test_fault_12_a_tls_handshake_that_never_ends_is_cut_at_the_deadline(sender: AnySender) -> None:
     with Server(Peer.wait_until_left) as server:
         error = failure(sender, get(f"https://127.0.0.1:{server.port}/"), within=SHORT_S)
 
     assert "deadline" == error.reason
 
 
-def test_fault_05_a_silence_shorter_than_the_deadline_is_an_outage() -> None:
-    sender = RequestsSender(read_timeout_s=SHORT_S)
+def test_fault_05_a_silence_shorter_than_the_deadline_is_an_outage(kind: type[AnySender]) -> None:
+    sender = kind(read_timeout_s=SHORT_S)
     with Server(Peer.wait_until_left) as server:
         error = failure(sender, post(server.url))
     sender.close()
@@ -332,14 +349,14 @@ def test_fault_05_a_silence_shorter_than_the_deadline_is_an_outage() -> None:
     assert (503, "answer_timeout") == (error.status, error.reason)
 
 
-def test_a_deadline_that_has_passed_sends_nothing(sender: RequestsSender) -> None:
+def test_a_deadline_that_has_passed_sends_nothing(sender: AnySender) -> None:
     with Server(serve()) as server:
         error = failure(sender, get(server.url), within=-1)
 
         assert ("deadline", 0) == (error.reason, server.connections)
 
 
-def test_fault_04_a_slow_answer_inside_the_deadline_is_taken(sender: RequestsSender) -> None:
+def test_fault_04_a_slow_answer_inside_the_deadline_is_taken(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
         for part in (message(b'{"a":1}')[:30], message(b'{"a":1}')[30:]):
@@ -353,25 +370,25 @@ def test_fault_04_a_slow_answer_inside_the_deadline_is_taken(sender: RequestsSen
 # --- connecting -----------------------------------------------------------------------
 
 
-def test_fault_01_nobody_listens(sender: RequestsSender) -> None:
+def test_fault_01_nobody_listens(sender: AnySender) -> None:
     port = closed_port()
     error = failure(sender, get(f"http://127.0.0.1:{port}/"))
 
     assert (IssuerUnavailableError, "connect_failed") == (type(error), error.reason)
-    assert {"host": f"127.0.0.1:{port}", "cause": "ConnectionError"} == error.facts
+    assert {"host": f"127.0.0.1:{port}", "cause": "ConnectionRefusedError"} == error.facts
 
 
 def test_fault_03_a_black_hole_is_an_outage_after_the_connect_time(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "CONNECT_TIMEOUT_S", SHORT_S)
+    monkeypatch.setattr(connections, "CONNECT_TIMEOUT_S", SHORT_S)
     with black_hole() as port:
         error = failure(sender, get(f"http://127.0.0.1:{port}/"))
 
     assert (503, "connect_failed") == (error.status, error.reason)
 
 
-def test_fault_03_a_black_hole_is_cut_at_the_deadline(sender: RequestsSender) -> None:
+def test_fault_03_a_black_hole_is_cut_at_the_deadline(sender: AnySender) -> None:
     with black_hole() as port:
         error = failure(sender, get(f"http://127.0.0.1:{port}/"), within=SHORT_S)
 
@@ -398,7 +415,7 @@ class Names:
         return self.answer(host, port)
 
 
-def test_fault_13_a_name_that_does_not_exist(sender: RequestsSender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_13_a_name_that_does_not_exist(sender: AnySender, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(host: str, port: int) -> list[Any]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -408,14 +425,14 @@ def test_fault_13_a_name_that_does_not_exist(sender: RequestsSender, monkeypatch
     assert (503, "name_not_resolved") == (error.status, error.reason)
 
 
-def test_fault_13_a_name_that_cannot_be_one(sender: RequestsSender) -> None:
+def test_fault_13_a_name_that_cannot_be_one(sender: AnySender) -> None:
     error = failure(sender, get(f"http://{'a' * 300}.test/"))
 
     assert 503 == error.status
 
 
 def test_fault_13_a_silent_name_server_costs_its_time_and_one_thread(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = threading.Event()
 
@@ -425,7 +442,7 @@ def test_fault_13_a_silent_name_server_costs_its_time_and_one_thread(
 
     names = Names(answer)
     monkeypatch.setattr(socket, "getaddrinfo", names)
-    monkeypatch.setattr(http_client, "NAME_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connections, "NAME_TIMEOUT_S", 0.1)
     with Server(serve()) as server:
         request = get(f"http://idp.test:{server.port}/")
         try:
@@ -433,7 +450,7 @@ def test_fault_13_a_silent_name_server_costs_its_time_and_one_thread(
             late = failure(sender, request, within=0.05)
         finally:
             silent.set()
-        monkeypatch.setattr(http_client, "NAME_TIMEOUT_S", PATIENCE_S)
+        monkeypatch.setattr(connections, "NAME_TIMEOUT_S", PATIENCE_S)
 
         assert ["name_not_resolved"] * 5 == [getattr(error, "reason", error) for error in errors]
         assert "deadline" == late.reason
@@ -443,7 +460,7 @@ def test_fault_13_a_silent_name_server_costs_its_time_and_one_thread(
 
 
 def test_fault_13_no_thread_for_a_look_up_is_an_outage(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -459,7 +476,7 @@ def test_fault_13_no_thread_for_a_look_up_is_an_outage(
         assert 200 == ask(sender, get(f"http://idp.test:{server.port}/")).status
 
 
-def test_the_next_address_of_a_name_is_tried(sender: RequestsSender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_address_of_a_name_is_tried(sender: AnySender, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = closed_port()
 
     def answer(_: str, port: int) -> list[Any]:
@@ -471,7 +488,7 @@ def test_the_next_address_of_a_name_is_tried(sender: RequestsSender, monkeypatch
 
 
 def test_many_dead_addresses_of_one_family_do_not_hide_the_other(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = closed_port()
 
@@ -485,7 +502,7 @@ def test_many_dead_addresses_of_one_family_do_not_hide_the_other(
 
 
 def test_a_name_without_an_address_that_answers_is_an_outage(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", Names(lambda _host, _port: []))
 
@@ -493,12 +510,12 @@ def test_a_name_without_an_address_that_answers_is_an_outage(
 
 
 @pytest.mark.parametrize("url", ["http://[::1/", "http://a b/", "gopher://idp.test/", "http://"])
-def test_an_address_that_is_none_is_an_outage(sender: RequestsSender, url: str) -> None:
+def test_an_address_that_is_none_is_an_outage(sender: AnySender, url: str) -> None:
     assert 503 == failure(sender, get(url)).status
 
 
 def test_fault_14_a_connection_gets_too_old_for_the_address_its_name_had(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Server(serve(b"old")) as old, Server(serve(b"new")) as new:
         port = old.port
@@ -506,20 +523,18 @@ def test_fault_14_a_connection_gets_too_old_for_the_address_its_name_had(
         before = ask(sender, get("http://idp.test:1/")).body
         port = new.port
         still = ask(sender, get("http://idp.test:1/")).body
-        monkeypatch.setattr(http_client, "MAX_AGE_S", 0.0)
+        monkeypatch.setattr(connections, "MAX_AGE_S", 0.0)
         after = ask(sender, get("http://idp.test:1/")).body
 
     assert (b"old", b"old", b"new") == (before, still, after)
 
 
-def test_a_name_is_reached_where_the_map_says(authority: Authority) -> None:
+def test_a_name_is_reached_where_the_map_says(kind: type[AnySender], authority: Authority) -> None:
     names: list[str | None] = []
     context = authority.context("idp.test")
     context.sni_callback = lambda _sock, name, _context: names.append(name)
     with Server(serve(), tls=context) as server:
-        sender = RequestsSender(
-            ca_file=str(authority.file), resolve={"idp.test:8443": ("127.0.0.1", server.port)}
-        )
+        sender = kind(ca_file=str(authority.file), resolve={"idp.test:8443": ("127.0.0.1", server.port)})
         response = ask(sender, get("https://idp.test:8443/a"))
         elsewhere = failure(sender, get("https://idp.test:8444/"), within=5)
         sender.close()
@@ -529,15 +544,13 @@ def test_a_name_is_reached_where_the_map_says(authority: Authority) -> None:
     assert elsewhere.reason in {"name_not_resolved", "deadline"}
 
 
-def test_fault_115_no_descriptor_is_an_outage(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fault_115_no_descriptor_is_an_outage(sender: AnySender, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(24, "Too many open files")
 
     with Server(serve()) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(http_client, "_DeadlineSocket", refuse)
+            patch.setattr(connections, "DeadlineSocket", refuse)
             error = failure(sender, get(server.url))
 
         assert (503, "connect_failed") == (error.status, error.reason)
@@ -572,7 +585,7 @@ BROKEN: dict[str, Script] = {
 @pytest.mark.parametrize("send", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("make", [get, post], ids=["get", "post"])
 def test_a_broken_answer_is_an_outage_and_nothing_of_it_is_used(
-    sender: RequestsSender, make: Callable[[str], HttpRequest], send: Script
+    sender: AnySender, make: Callable[[str], HttpRequest], send: Script
 ) -> None:
     def script(peer: Peer) -> None:
         if peer.number > 1:
@@ -590,7 +603,7 @@ def test_a_broken_answer_is_an_outage_and_nothing_of_it_is_used(
         assert 2 == server.connections
 
 
-def test_an_early_hint_is_no_answer_and_does_not_shift_those_that_follow(sender: RequestsSender) -> None:
+def test_an_early_hint_is_no_answer_and_does_not_shift_those_that_follow(sender: AnySender) -> None:
     released = threading.Event()
 
     def script(peer: Peer) -> None:
@@ -613,7 +626,7 @@ def test_an_early_hint_is_no_answer_and_does_not_shift_those_that_follow(sender:
 # --- connections are reused, and only good ones ---------------------------------------
 
 
-def test_a_connection_is_kept_and_used_again(sender: RequestsSender) -> None:
+def test_a_connection_is_kept_and_used_again(sender: AnySender) -> None:
     with Server(serve()) as server:
         for make in (get, post, post, get):
             ask(sender, make(server.url))
@@ -621,8 +634,8 @@ def test_a_connection_is_kept_and_used_again(sender: RequestsSender) -> None:
         assert (4, 1) == (len(server.requests), server.connections)
 
 
-def test_a_connection_is_kept_and_used_again_over_tls(authority: Authority) -> None:
-    sender = RequestsSender(ca_file=str(authority.file))
+def test_a_connection_is_kept_and_used_again_over_tls(kind: type[AnySender], authority: Authority) -> None:
+    sender = kind(ca_file=str(authority.file))
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         for make in (get, post, post, get):
             ask(sender, make(server.url))
@@ -634,7 +647,7 @@ def test_a_connection_is_kept_and_used_again_over_tls(authority: Authority) -> N
 @pytest.mark.parametrize("tls", [False, True], ids=["FAULT-21-plain", "FAULT-21-tls"])
 @pytest.mark.parametrize("close", [Peer.close, Peer.reset], ids=["close", "reset"])
 def test_res_03_an_idle_connection_that_the_peer_closed_is_replaced_silently(
-    authority: Authority, tls: bool, close: Script
+    kind: type[AnySender], authority: Authority, tls: bool, close: Script
 ) -> None:
     answered, closed = threading.Event(), threading.Event()
 
@@ -647,7 +660,7 @@ def test_res_03_an_idle_connection_that_the_peer_closed_is_replaced_silently(
         else:
             peer.wait_until_left()
 
-    sender = RequestsSender(ca_file=str(authority.file))
+    sender = kind(ca_file=str(authority.file))
     with Server(script, tls=authority.context("127.0.0.1") if tls else None) as server:
         first = ask(sender, post(server.url)).body
         answered.set()
@@ -669,7 +682,7 @@ def leave_second_request_unanswered(peer: Peer) -> None:
         serve(b"later")(peer)
 
 
-def test_fault_21_a_post_that_may_have_been_received_is_not_sent_again(sender: RequestsSender) -> None:
+def test_fault_21_a_post_that_may_have_been_received_is_not_sent_again(sender: AnySender) -> None:
     with Server(leave_second_request_unanswered) as server:
         ask(sender, post(server.url))
         error = failure(sender, post(server.url))
@@ -678,7 +691,7 @@ def test_fault_21_a_post_that_may_have_been_received_is_not_sent_again(sender: R
         assert (2, 1) == (len(server.requests), server.connections)
 
 
-def test_fault_21_a_get_is_sent_again_once(sender: RequestsSender) -> None:
+def test_fault_21_a_get_is_sent_again_once(sender: AnySender) -> None:
     with Server(leave_second_request_unanswered) as server:
         ask(sender, get(server.url))
 
@@ -686,7 +699,7 @@ def test_fault_21_a_get_is_sent_again_once(sender: RequestsSender) -> None:
         assert (3, 2) == (len(server.requests), server.connections)
 
 
-def test_fault_21_a_get_is_not_sent_a_third_time(sender: RequestsSender) -> None:
+def test_fault_21_a_get_is_not_sent_a_third_time(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         if peer.number == 1:
             peer.answer()
@@ -700,7 +713,7 @@ def test_fault_21_a_get_is_not_sent_a_third_time(sender: RequestsSender) -> None
         assert ("connection_broken", 3, 2) == (error.reason, len(server.requests), server.connections)
 
 
-def test_fault_21_a_get_whose_answer_began_is_not_sent_again(sender: RequestsSender) -> None:
+def test_fault_21_a_get_whose_answer_began_is_not_sent_again(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         peer.answer()
         peer.read_request()
@@ -716,7 +729,7 @@ def test_fault_21_a_get_whose_answer_began_is_not_sent_again(sender: RequestsSen
 
 @pytest.mark.parametrize("make", [get, post], ids=["get", "post"])
 def test_fault_21_what_was_cut_off_while_it_was_sent_is_sent_again(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch, make: Callable[[str], HttpRequest]
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch, make: Callable[[str], HttpRequest]
 ) -> None:
     answered, closed = threading.Event(), threading.Event()
 
@@ -735,12 +748,13 @@ def test_fault_21_what_was_cut_off_while_it_was_sent_is_sent_again(
         assert closed.wait(PATIENCE_S)
         # The look at the connection comes a moment too early to see the reset.
         monkeypatch.setattr(http_client._HttpConnection, "is_connected", True)
+        monkeypatch.setattr(exchange_client._Connection, "is_quiet", lambda _: True)
 
         assert b"later" == ask(sender, make(server.url)).body
         assert (2, 2) == (len(server.requests), server.connections)
 
 
-def test_bytes_that_nobody_asked_for_are_not_the_next_answer(sender: RequestsSender) -> None:
+def test_bytes_that_nobody_asked_for_are_not_the_next_answer(sender: AnySender) -> None:
     asked, sent = threading.Event(), threading.Event()
 
     def script(peer: Peer) -> None:
@@ -759,7 +773,9 @@ def test_bytes_that_nobody_asked_for_are_not_the_next_answer(sender: RequestsSen
         assert b"good" == ask(sender, post(server.url)).body
 
 
-def test_two_answers_in_one_tls_record_are_not_two_answers(authority: Authority) -> None:
+def test_two_answers_in_one_tls_record_are_not_two_answers(
+    kind: type[AnySender], authority: Authority
+) -> None:
     def script(peer: Peer) -> None:
         if peer.number == 1:
             peer.read_request()
@@ -770,7 +786,7 @@ def test_two_answers_in_one_tls_record_are_not_two_answers(authority: Authority)
         else:
             serve(b"good")(peer)
 
-    sender = RequestsSender(ca_file=str(authority.file))
+    sender = kind(ca_file=str(authority.file))
     with Server(script, tls=authority.context("127.0.0.1")) as server:
         ask(sender, post(server.url))
 
@@ -779,17 +795,17 @@ def test_two_answers_in_one_tls_record_are_not_two_answers(authority: Authority)
 
 
 def test_a_connection_that_lay_idle_too_long_is_not_used(
-    sender: RequestsSender, monkeypatch: pytest.MonkeyPatch
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Server(serve()) as server:
         ask(sender, post(server.url))
-        monkeypatch.setattr(http_client, "MAX_IDLE_S", 0.0)
+        monkeypatch.setattr(connections, "MAX_IDLE_S", 0.0)
         ask(sender, post(server.url))
 
         assert 2 == server.connections
 
 
-def test_connection_close_is_obeyed(sender: RequestsSender) -> None:
+def test_connection_close_is_obeyed(sender: AnySender) -> None:
     with Server(serve(b"{}", 200, "Connection: close")) as server:
         for _ in range(2):
             ask(sender, post(server.url))
@@ -797,7 +813,7 @@ def test_connection_close_is_obeyed(sender: RequestsSender) -> None:
         assert 2 == server.connections
 
 
-def test_many_threads_get_their_own_answers(sender: RequestsSender) -> None:
+def test_many_threads_get_their_own_answers(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         while request := peer.read_request():
             peer.send(message(request.body))
@@ -822,20 +838,22 @@ def test_many_threads_get_their_own_answers(sender: RequestsSender) -> None:
 # --- TLS ------------------------------------------------------------------------------
 
 
-def test_a_certificate_of_the_configured_authority_is_trusted(authority: Authority) -> None:
-    sender = RequestsSender(ca_file=str(authority.file))
+def test_a_certificate_of_the_configured_authority_is_trusted(
+    kind: type[AnySender], authority: Authority
+) -> None:
+    sender = kind(ca_file=str(authority.file))
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         assert 200 == ask(sender, get(server.url)).status
     sender.close()
 
 
 def test_the_systems_certificates_are_trusted_where_no_file_is_configured(
-    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[AnySender], authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where OpenSSL looks for them; nothing of requests or certifi.
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
-    system = RequestsSender()
-    replaced = RequestsSender(ca_file=str(Authority(tmp_path, name="Other CA").file))
+    system = kind()
+    replaced = kind(ca_file=str(Authority(tmp_path, name="Other CA").file))
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
         assert 200 == ask(system, get(server.url)).status
         assert "tls_refused" == failure(replaced, get(server.url)).reason
@@ -869,12 +887,13 @@ BAD_CERTIFICATES = {
 
 @pytest.mark.parametrize(("make", "words"), BAD_CERTIFICATES.values(), ids=BAD_CERTIFICATES.keys())
 def test_a_bad_certificate_is_an_outage_and_nothing_is_sent(
+    kind: type[AnySender],
     authority: Authority,
     tmp_path: Path,
     make: Callable[[Authority, Path], ssl.SSLContext],
     words: str,
 ) -> None:
-    sender = RequestsSender(ca_file=str(authority.file))
+    sender = kind(ca_file=str(authority.file))
     with Server(serve(), tls=make(authority, tmp_path)) as server:
         error = failure(sender, post(server.url))
     sender.close()
@@ -885,17 +904,22 @@ def test_a_bad_certificate_is_an_outage_and_nothing_is_sent(
 
 @pytest.mark.parametrize("make", [pair[0] for pair in BAD_CERTIFICATES.values()], ids=BAD_CERTIFICATES.keys())
 def test_key_08_certificates_are_accepted_unseen_only_where_that_is_asked_for(
-    authority: Authority, tmp_path: Path, make: Callable[[Authority, Path], ssl.SSLContext]
+    kind: type[AnySender],
+    authority: Authority,
+    tmp_path: Path,
+    make: Callable[[Authority, Path], ssl.SSLContext],
 ) -> None:
-    sender = RequestsSender(verify=False)
+    sender = kind(verify=False)
     with Server(serve(), tls=make(authority, tmp_path)) as server, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert 200 == ask(sender, get(server.url)).status
     sender.close()
 
 
-def test_exc_30_no_connection_is_shared_between_settings(authority: Authority, tmp_path: Path) -> None:
-    careless, careful = RequestsSender(verify=False), RequestsSender(ca_file=str(authority.file))
+def test_exc_30_no_connection_is_shared_between_settings(
+    kind: type[AnySender], authority: Authority, tmp_path: Path
+) -> None:
+    careless, careful = kind(verify=False), kind(ca_file=str(authority.file))
     with Server(serve(), tls=unknown_authority(authority, tmp_path)) as server:
         assert 200 == ask(careless, get(server.url)).status
         assert "tls_refused" == failure(careful, get(server.url)).reason
@@ -905,18 +929,16 @@ def test_exc_30_no_connection_is_shared_between_settings(authority: Authority, t
     careful.close()
 
 
-def test_a_name_in_the_map_is_still_verified(authority: Authority) -> None:
+def test_a_name_in_the_map_is_still_verified(kind: type[AnySender], authority: Authority) -> None:
     with Server(serve(), tls=authority.context("127.0.0.1")) as server:
-        sender = RequestsSender(
-            ca_file=str(authority.file), resolve={"idp.test:443": ("127.0.0.1", server.port)}
-        )
+        sender = kind(ca_file=str(authority.file), resolve={"idp.test:443": ("127.0.0.1", server.port)})
         error = failure(sender, get("https://idp.test/"))
         sender.close()
 
     assert ("tls_refused", []) == (error.reason, server.requests)
 
 
-def test_fault_12_plain_http_on_the_port(sender: RequestsSender) -> None:
+def test_fault_12_plain_http_on_the_port(sender: AnySender) -> None:
     with Server(sending(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
         error = failure(sender, get(f"https://127.0.0.1:{server.port}/"))
 
@@ -924,7 +946,7 @@ def test_fault_12_plain_http_on_the_port(sender: RequestsSender) -> None:
     assert 503 == error.status
 
 
-def test_fault_12_a_reset_in_the_handshake(sender: RequestsSender) -> None:
+def test_fault_12_a_reset_in_the_handshake(sender: AnySender) -> None:
     def script(peer: Peer) -> None:
         peer.sock.recv(1)
         peer.reset()
@@ -935,14 +957,14 @@ def test_fault_12_a_reset_in_the_handshake(sender: RequestsSender) -> None:
         assert (503, 1) == (error.status, server.connections)
 
 
-def test_fault_11_an_old_protocol_is_refused(authority: Authority) -> None:
+def test_fault_11_an_old_protocol_is_refused(kind: type[AnySender], authority: Authority) -> None:
     context = authority.context("127.0.0.1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    sender = RequestsSender(ca_file=str(authority.file))
+    sender = kind(ca_file=str(authority.file))
     with Server(serve(), tls=context) as server:
         error = failure(sender, get(server.url))
     sender.close()
@@ -950,19 +972,21 @@ def test_fault_11_an_old_protocol_is_refused(authority: Authority) -> None:
     assert (503, []) == (error.status, server.requests)
 
 
-def test_a_certificate_file_that_cannot_be_read_is_told_at_once(tmp_path: Path) -> None:
+def test_a_certificate_file_that_cannot_be_read_is_told_at_once(
+    kind: type[AnySender], tmp_path: Path
+) -> None:
     empty = tmp_path / "empty.pem"
     empty.write_text("")
     for path in (tmp_path / "absent.pem", empty):
         with pytest.raises(OSError):
-            RequestsSender(ca_file=str(path))
+            kind(ca_file=str(path))
 
 
 # --- what is told ---------------------------------------------------------------------
 
 
 def test_out_12_errors_hold_nothing_of_the_request(
-    sender: RequestsSender, authority: Authority, caplog: pytest.LogCaptureFixture
+    sender: AnySender, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(1)
     errors: list[TokenExchangeError] = []
@@ -986,18 +1010,18 @@ def test_out_12_errors_hold_nothing_of_the_request(
     assert "mark" not in " ".join(ours)
 
 
-def test_a_refused_answer_is_not_the_networks_fault(sender: RequestsSender) -> None:
+def test_a_refused_answer_is_not_the_networks_fault(sender: AnySender) -> None:
     with Server(serve(b"x" * 100)) as server:
         assert NonConformingResponseError is type(failure(sender, get(server.url), max_body=10))
 
 
-def test_descriptors_are_given_back() -> None:
+def test_descriptors_are_given_back(kind: type[AnySender]) -> None:
     def open_descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc to count descriptors in")
-    sender = RequestsSender()
+    sender = kind()
     with Server(in_turn(Peer.read_request, Peer.reset)) as server:
         for _ in range(3):
             failure(sender, get(server.url))

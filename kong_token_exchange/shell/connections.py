@@ -1,0 +1,348 @@
+"""
+Connections that keep to one absolute deadline, for every client of ours.
+
+A client notes the deadline of the request that its thread is sending in `calls.current`; each
+blocking step of the connection (name, connect, TLS, send, each read) is then bounded by what is
+left of it, so a peer that sends one byte a second is cut off in time.
+
+Source: docs/adr/0006-http-client.md; docs/threats.md KEY-05, FAULT-03 to FAULT-14.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from kong_token_exchange.errors import DeadlineError, Fact, IssuerUnavailableError, TokenExchangeError
+
+# An address that has not accepted a connection within this time is down, whatever the deadline leaves.
+CONNECT_TIMEOUT_S = 1.0
+# Addresses of each family that are tried, one after the other: one and a spare.
+_MAX_ADDRESSES = 2
+# A name server that has not answered within this time is down; resolvers ask again after 5 s.
+NAME_TIMEOUT_S = 2.0
+
+# Servers close idle connections after 5 to 75 s. The longer ours lie, the likelier one is closed
+# just as a request goes out, which then must fail.
+MAX_IDLE_S = 30.0
+# A connection holds on to the address its name had; providers move with a TTL of about a minute.
+MAX_AGE_S = 60.0
+
+# Timers end a little early on some systems; such a timeout is still the deadline's.
+TIMER_SLACK_S = 0.01
+
+Resolve = Mapping[str, tuple[str, int]]
+
+
+class NameNotResolvedError(OSError):
+    """A host name has no address, or none came in time."""
+
+
+class ConnectFailedError(OSError):
+    """No address of a host accepted a connection."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of the request that this thread is sending."""
+
+    deadline: float
+    silence_s: float
+    fresh: bool = False
+    cut_off: bool = False
+    received: int = 0
+
+    def remaining(self) -> float:
+        """Return the seconds left; raise `TimeoutError` when there are none."""
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("deadline")
+        return remaining
+
+    def may_repeat(self, method: str) -> bool:
+        """
+        Tell whether the request may be sent again, on a new connection.
+
+        Only a connection that had lain idle is replaced: the peer closed it, which is nobody's
+        fault. What was cut off while it was sent is no whole request and cannot have been acted
+        on. What was sent whole may have been, so only a GET is repeated then.
+        """
+        return not self.fresh and not self.received and (self.cut_off or method == "GET")
+
+
+class _Calls(threading.local):
+    current: Call
+
+
+calls = _Calls()
+
+
+_NOBODY = (NameNotResolvedError, ConnectFailedError)
+
+
+# --- what went wrong ------------------------------------------------------------------
+
+
+def failure(exc: BaseException, *, host: str, timed_out: bool) -> TokenExchangeError:
+    """Return the error that says what an operator needs; only the cause's class leaves here."""
+    facts: dict[str, Fact] = {"host": host}
+    if timed_out:
+        return DeadlineError(reason="deadline", facts=facts)
+    causes = _causes(exc)
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            # OpenSSL's own words: "certificate has expired", "self-signed certificate", ...
+            facts["tls"] = cause.verify_message[:120]
+    kinds = tuple(type(cause) for cause in causes)
+    # What the system said tells more than our own or a library's name for it.
+    told = next((cause.__cause__ for cause in causes if isinstance(cause, _NOBODY) and cause.__cause__), exc)
+    facts["cause"] = type(told).__name__
+    if any(issubclass(kind, ssl.SSLError) or kind.__name__ == "SSLError" for kind in kinds):
+        return IssuerUnavailableError(reason="tls_refused", facts=facts)
+    if NameNotResolvedError in kinds:
+        return IssuerUnavailableError(reason="name_not_resolved", facts=facts)
+    if ConnectFailedError in kinds:
+        return IssuerUnavailableError(reason="connect_failed", facts=facts)
+    if any(issubclass(kind, TimeoutError) for kind in kinds):
+        return IssuerUnavailableError(reason="answer_timeout", facts=facts)
+    return IssuerUnavailableError(reason="connection_broken", facts=facts)
+
+
+def _causes(exc: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    stack: list[object] = [exc]
+    while stack and len(found) < 16:
+        item = stack.pop()
+        if isinstance(item, BaseException) and item not in found:
+            found.append(item)
+            stack += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
+    return found
+
+
+# --- TLS ------------------------------------------------------------------------------
+
+
+def tls_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
+    """
+    Make the client's TLS settings: 1.2 at least, and nothing of the environment.
+
+    Raises:
+        OSError: *ca_file* cannot be read, or holds no certificate.
+    """
+    # Not ssl.create_default_context, which writes session keys to a file that the environment names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
+    else:
+        context.load_default_certs()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.sslsocket_class = DeadlineSslSocket
+    return context
+
+
+# --- sockets ----------------------------------------------------------------------------
+
+
+class DeadlineSocket(socket.socket):
+    """A socket each of whose calls is bounded by what is left of the deadline."""
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        """Receive, in time."""
+        _arm(self)
+        return _note_received(super().recv_into(*args, **kwargs))
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:
+        """Send all, in time; note where only a part went out."""
+        _arm(self)
+        try:
+            super().sendall(*args, **kwargs)
+        except OSError:
+            calls.current.cut_off = True
+            raise
+
+
+class DeadlineSslSocket(ssl.SSLSocket):
+    """The same for TLS, where `sendall` is a loop over `send`."""
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        """Receive, in time."""
+        _arm(self)
+        return _note_received(super().recv_into(*args, **kwargs))
+
+    def send(self, *args: Any, **kwargs: Any) -> int:
+        """Send, in time."""
+        _arm(self)
+        return super().send(*args, **kwargs)
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:
+        """Send all, in time; note where only a part went out."""
+        try:
+            super().sendall(*args, **kwargs)
+        except OSError:
+            calls.current.cut_off = True
+            raise
+
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 - SSLSocket's
+        """Shake hands, in time."""
+        _arm(self)
+        super().do_handshake(block)
+
+
+def _arm(sock: socket.socket) -> None:
+    # Called before each blocking call: per-call timeouts alone would let a drip go on for ever.
+    call = calls.current
+    sock.settimeout(min(call.remaining(), call.silence_s))
+
+
+def _note_received(count: int) -> int:
+    calls.current.received += count
+    return count
+
+
+class Reuse:
+    """Whether a connection that lay idle is good for another request."""
+
+    sock: Any
+    connected_at = 0.0
+    idle_since = 0.0
+
+    def still_good(self) -> bool:
+        """Tell whether neither age nor what lies unread speaks against another request."""
+        now = time.monotonic()
+        if now - self.idle_since > MAX_IDLE_S or now - self.connected_at > MAX_AGE_S:
+            return False
+        # Bytes that nobody asked for would be read as the next answer; those that TLS has already
+        # taken in are not seen by a look at the socket.
+        return not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending())
+
+
+# --- connecting -------------------------------------------------------------------------
+
+
+def connect(host: str, port: int, *, resolve: Resolve) -> socket.socket:
+    """
+    Connect to the first address that accepts, each within its own time and all within the deadline.
+
+    Args:
+        host: Name or address.
+        port: Its port.
+        resolve: `host:port` to (address, port), as curl's `--resolve`.
+
+    Raises:
+        NameNotResolvedError, ConnectFailedError: nobody to talk to.
+        TimeoutError: the deadline passed.
+    """
+    call = calls.current
+    call.fresh = True
+    host, port = resolve.get(f"{host}:{port}", (host, port))
+    try:
+        addresses = _names.addresses(host, port, timeout_s=min(NAME_TIMEOUT_S, call.remaining()))
+    except socket.gaierror as exc:
+        raise NameNotResolvedError(exc.errno, "name not resolved") from exc
+    last: OSError = OSError("no address")
+    for family, kind, protocol, _, address in _choose(addresses):
+        try:
+            sock = DeadlineSocket(family, kind, protocol)
+        except OSError as exc:
+            last = exc
+            continue
+        try:
+            sock.settimeout(min(CONNECT_TIMEOUT_S, call.remaining()))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as exc:
+            sock.close()
+            last = exc
+            continue
+        return sock
+    raise ConnectFailedError(last.errno, "connect failed") from last
+
+
+_AddressInfo = tuple[Any, Any, int, str, Any]
+
+
+def _choose(addresses: list[_AddressInfo]) -> list[_AddressInfo]:
+    """Take a few addresses of each family in turn: many that are dead must not hide the other family."""
+    families = [
+        [info for info in addresses if info[0] == family][:_MAX_ADDRESSES]
+        for family in dict.fromkeys(info[0] for info in addresses)
+    ]
+    return [info for turn in zip_longest(*families) for info in turn if info is not None]
+
+
+class _Names:
+    """
+    Looks names up within a time, which the system's resolver cannot promise.
+
+    The look-up runs in a thread of its own; whoever asks for the same name meanwhile waits for
+    the same one, so a dead name server costs one thread for each name.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._flights: dict[tuple[str, int], Future[list[_AddressInfo]]] = {}
+
+    def addresses(self, host: str, port: int, *, timeout_s: float) -> list[_AddressInfo]:
+        """
+        Return the addresses of *host*.
+
+        Raises:
+            socket.gaierror: there are none, or none came in time.
+        """
+        try:
+            return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            pass
+        try:
+            return self._flight(host, port).result(timeout_s)
+        except FutureTimeoutError:
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
+        except socket.gaierror as exc:
+            # A new one for each who waits: a shared error would collect their tracebacks.
+            raise socket.gaierror(*exc.args) from None
+
+    def _flight(self, host: str, port: int) -> Future[list[_AddressInfo]]:
+        key = (host, port)
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                return flight
+            flight = self._flights[key] = Future()
+        try:
+            threading.Thread(target=self._look_up, args=(key, flight), name="names", daemon=True).start()
+        except RuntimeError:
+            self._land(key)
+            flight.set_exception(socket.gaierror(socket.EAI_AGAIN, "no thread"))
+        return flight
+
+    def _look_up(self, key: tuple[str, int], flight: Future[list[_AddressInfo]]) -> None:
+        try:
+            found = socket.getaddrinfo(*key, 0, socket.SOCK_STREAM)
+        except socket.gaierror as exc:
+            self._land(key)
+            flight.set_exception(socket.gaierror(*exc.args))
+        except (OSError, ValueError) as exc:
+            # A label that is too long for IDNA raises UnicodeError.
+            self._land(key)
+            flight.set_exception(socket.gaierror(socket.EAI_NONAME, type(exc).__name__))
+        else:
+            self._land(key)
+            flight.set_result(found)
+
+    def _land(self, key: tuple[str, int]) -> None:
+        with self._lock:
+            self._flights.pop(key, None)
+
+
+_names = _Names()
