@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast bench chaos soak up down check lint types imports generated fmt clean
+.PHONY: setup demo test test-fast bench bench-miss chaos soak up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ test-fast: $(READY)
 # Ratios against kong-pdk and a server in C, in one run: make bench [JSON=path]
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench $(if $(JSON),--json $(JSON))
+
+# CPU and time of an exchange, by its parts and by HTTP client: make bench-miss [JSON=path]
+bench-miss: $(READY)
+	$(BIN)/python -m benchmarks.miss $(if $(JSON),--json $(JSON))
 
 # Faults under real traffic, about 10 minutes; at full length: make chaos LONG=1
 chaos: $(READY)
