@@ -27,16 +27,18 @@ from datetime import date
 from typing import Any, Literal, cast
 from urllib.parse import SplitResult, urlsplit
 
-from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
+from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS, parse_compact
 from kong_token_exchange.core.policy import (
     TOKEN_TYPE_ACCESS_TOKEN,
+    ActorPolicy,
     BreakerPolicy,
     ClaimPair,
     Conditions,
     ResultPolicy,
     SubjectTokenIssuer,
 )
-from kong_token_exchange.errors import ConfigError
+from kong_token_exchange.errors import ConfigError, InvalidTokenError
+from kong_token_exchange.protocol.bearer import is_b64token
 from kong_token_exchange.protocol.exchange import ExchangeParameters
 from kong_token_exchange.schema import (
     CONFIG,
@@ -52,7 +54,7 @@ from kong_token_exchange.secret import Secret
 MAX_HEADER_HYPHENS = 4
 
 ClientMethod = Literal["client_secret_basic", "client_secret_post", "none"]
-Topic = Literal["forwarding", "narrowing", "subject", "issuer", "result", "credential", "time"]
+Topic = Literal["forwarding", "narrowing", "subject", "actor", "issuer", "result", "credential", "time"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,7 @@ class PluginConfig:
     insecure_allow_http: bool
     strict: bool
     flow: Flow | None
+    actor: ActorPolicy
     warnings: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
 
@@ -402,6 +405,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
     exchange: Members = members["token_exchange"]
     target = _build_target(members, notes)
     issuers, target_rules = _build_issuers(exchange, target, notes)
+    credential = _build_credential(members, notes)
     config = PluginConfig(
         identity=_identify(members),
         target=target,
@@ -414,7 +418,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         breaker=BreakerPolicy(
             failures=exchange["breaker"]["failures"], open_for_s=exchange["breaker"]["open_for"] / 1000
         ),
-        credential=_build_credential(members, notes),
+        credential=credential,
         upstream_header=_build_upstream_header(members["upstream_access_token_header"]),
         hide_credentials=members["hide_credentials"],
         run_on_preflight=members["run_on_preflight"],
@@ -431,6 +435,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         insecure_allow_http=members["insecure_allow_http"],
         strict=exchange["strict"],
         flow=_build_flow(exchange["flow"]),
+        actor=_build_actor(exchange, credential, (*issuers, target_rules), notes),
     )
     if config.result.validation == "none" and config.audience_required:
         raise ConfigError("audience_required", "cannot be proven with token_exchange.result.validation none")
@@ -439,6 +444,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         _find_forwarding,
         _find_narrowing,
         _find_subject,
+        _find_actor,
         _find_result,
         _find_credential,
         _find_time,
@@ -795,6 +801,82 @@ def _build_request(members: Members, exchange: Members) -> ExchangeParameters:
     )
 
 
+_ACTOR_TOKEN = "token_exchange.request.actor_token"  # noqa: S105 - a path
+
+
+def _build_actor(
+    exchange: Members,
+    credential: CredentialSources,
+    trusted: Sequence[SubjectTokenIssuer],
+    notes: _Notes,
+) -> ActorPolicy:
+    """Build where the acting party's token comes from and what it must be."""
+    token, policy = exchange["request"]["actor_token"], exchange["actor"]
+    source = token["source"]
+    _check_uri(token["type"], f"{_ACTOR_TOKEN}.type")
+    for name, used_with in (("header_name", "header"), ("static_token", "config")):
+        if source == used_with and token[name] is None:
+            raise ConfigError(f"{_ACTOR_TOKEN}.{name}", f"required with source {source}")
+        if source != used_with and token[name] is not None:
+            notes.warn(f"{_ACTOR_TOKEN}.{name}", f"not used: source is {source}")
+    if source == "none":
+        _check_no_actor(policy)
+    elif exchange["grant_type"] == "jwt_bearer":
+        raise ConfigError(f"{_ACTOR_TOKEN}.source", "not for grant_type jwt_bearer, which has no actor")
+    if policy["required"] and exchange["result"]["validation"] == "none":
+        raise ConfigError(
+            "token_exchange.actor.required", "cannot be proven with token_exchange.result.validation none"
+        )
+    static = token["static_token"] if source == "config" else None
+    verified = static is None or _is_verifiable(static, exchange, trusted)
+    if not verified and (policy["enforce_may_act"] or policy["clients"]):
+        rule = "enforce_may_act" if policy["enforce_may_act"] else "clients"
+        raise ConfigError(
+            f"token_exchange.actor.{rule}", "cannot be proven: the static_token is no JWT of a known issuer"
+        )
+    return ActorPolicy(
+        source=source,
+        header_name=_check_actor_header(token["header_name"], credential) if source == "header" else None,
+        static_token=None if static is None else Secret(static),
+        token_type=token["type"],
+        verified=verified,
+        required=policy["required"],
+        enforce_may_act=policy["enforce_may_act"],
+        max_chain_depth=policy["max_chain_depth"],
+        clients=tuple(policy["clients"] or ()),
+    )
+
+
+def _check_no_actor(policy: Members) -> None:
+    for name in ("required", "enforce_may_act", "clients"):
+        if policy[name]:
+            raise ConfigError(f"token_exchange.actor.{name}", f"needs {_ACTOR_TOKEN}.source header or config")
+
+
+def _check_actor_header(name: str, credential: CredentialSources) -> str:
+    path = f"{_ACTOR_TOKEN}.header_name"
+    _check_header_name(name, path)
+    if name.lower() in _RESERVED_HEADERS - {"authorization"}:
+        raise ConfigError(path, "cannot be this header")
+    if credential.header and name.lower() == (credential.header_name or "authorization").lower():
+        raise ConfigError(path, "is the header of the subject token")
+    return name
+
+
+def _is_verifiable(token: str, exchange: Members, trusted: Sequence[SubjectTokenIssuer]) -> bool:
+    """Tell whether a configured actor token is a JWT of an issuer whose keys are known."""
+    path = f"{_ACTOR_TOKEN}.static_token"
+    if _is_reference(token):
+        return True
+    if not is_b64token(token) or len(token) > exchange["max_token_size"]:
+        raise ConfigError(path, "must be a token, not longer than token_exchange.max_token_size")
+    try:
+        issuer = parse_compact(token, max_bytes=exchange["max_token_size"]).payload.get("iss")
+    except InvalidTokenError:
+        return False
+    return any(entry.issuer == issuer and entry.verify_signature for entry in trusted)
+
+
 def _check_subject_token_type(exchange: Members, value: str | None, path: str) -> None:
     if value is None:
         return
@@ -1057,6 +1139,27 @@ def _find_subject(config: PluginConfig, notes: _Notes) -> None:
             "subject",
             path,
             "across issuers the subject is unproven; set same_subject_claims, or same_subject",
+        )
+
+
+def _find_actor(config: PluginConfig, notes: _Notes) -> None:
+    actor, path = config.actor, "token_exchange.actor"
+    if actor.source == "none":
+        return
+    if not actor.required:
+        # With strict refused like any limit that is not set: leaving the actor out is asking for more.
+        notes.find(
+            "narrowing",
+            f"{path}.required",
+            "a request without an actor, and a result that names none, are impersonation; both pass",
+        )
+    if not actor.verified:
+        notes.find(
+            "actor", f"{_ACTOR_TOKEN}.static_token", "is no JWT of a known issuer: it is sent without a proof"
+        )
+    elif not actor.enforce_may_act:
+        notes.find(
+            "actor", f"{path}.enforce_may_act", "who may act for whom is left to the token endpoint alone"
         )
 
 

@@ -34,6 +34,7 @@ from kong_token_exchange.core.claims import (
     parse_claims,
 )
 from kong_token_exchange.core.decision import Exchange, Forward, Relation, decide, trusted_issuer
+from kong_token_exchange.core.delegation import check_actors, is_actor, may_act
 from kong_token_exchange.core.jwk import Jwk, select_verification_key
 from kong_token_exchange.core.jws import Jws, check_algorithm, parse_compact, verify_signature
 from kong_token_exchange.core.lifetime import refresh_instant, reuse_deadline
@@ -51,6 +52,7 @@ from kong_token_exchange.errors import (
     KeySelectionError,
     RejectionError,
     TokenExchangeError,
+    UnknownIssuerError,
 )
 from kong_token_exchange.lease import LEASE_S, Leases, Terms
 from kong_token_exchange.ports import (
@@ -78,6 +80,7 @@ from kong_token_exchange.protocol.client_auth import (
 from kong_token_exchange.protocol.exchange import (
     LASTING_REFUSALS,
     MAX_RESPONSE_BYTES,
+    ActorToken,
     ExchangeResponse,
     build_exchange_request,
     process_exchange_response,
@@ -103,7 +106,7 @@ class FlowResult:
     for the one request that made the exchange, "hit" for all that share its result, in whatever
     process. `notes` say
     what policy let pass and an auditor should know. `generation` is the key source's from before
-    anything was judged.
+    anything was judged. `actor` is who acts for the subject, where that was proven.
     """
 
     decision: Literal["exchange", "forward"]
@@ -113,6 +116,16 @@ class FlowResult:
     exchanged: ExchangedToken | None
     notes: tuple[str, ...] = ()
     generation: int = 0
+    actor: Claims | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Actor:
+    """The acting party's token; `claims` is None where it is configured and cannot be proven here."""
+
+    sent: ActorToken = field(repr=False)
+    key: str = field(repr=False)
+    claims: Claims | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +137,7 @@ class _Order:
     relation: Relation
     subject_token_type: str
     token_endpoint: str
+    actor: _Actor | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -178,13 +192,14 @@ class Flow:
         self._endpoints = {entry.issuer: _endpoints_of(entry) for entry in reversed(config.issuers)}
         self._endpoints[config.target.issuer] = self._target
 
-    def run(self, token: str, *, deadline: float | None) -> FlowResult:
+    def run(self, token: str, *, deadline: float | None, actor_token: str | None = None) -> FlowResult:
         """
         Take one subject token through the pipeline.
 
         Args:
             token: The credential, already of b64token form.
             deadline: Monotonic instant by which everything ends; None to use memory alone.
+            actor_token: What the actor's header held, already of b64token form.
 
         Raises:
             NotInMemoryError: *deadline* is None and the network would be needed.
@@ -200,7 +215,7 @@ class Flow:
             if not known:
                 # Only now: a token that is refused anyway must not push out those in use (CACHE-18).
                 self._cache.store_verified(token_key, verified)
-            result = self._act(token, token_key, subject, decision, now=now, deadline=deadline)
+            result = self._act(token, token_key, subject, decision, actor_token, now=now, deadline=deadline)
         except TokenExchangeError as error:
             self.record_refusal(error, subject=subject)
             raise
@@ -217,16 +232,18 @@ class Flow:
         exchanged, subject, leeway = result.exchanged, result.subject, self._config.leeway
         if result.cache != "hit" or exchanged is None or exchanged.reuse_until is None:
             return None
-        trust = self._trust(subject.iss)
-        begins = [value - leeway for value in (subject.nbf, subject.iat) if value is not None]
-        ends = [subject.exp + leeway, exchanged.reuse_until]
-        if trust.max_age is not None:
-            if subject.iat is None:
-                return None
-            ends.append(subject.iat + trust.max_age + leeway)
-        issuers = {self._target, self._endpoints[trust.issuer]}
+        issuers, begins, ends = {self._target}, [0.0], [exchanged.reuse_until]
+        for claims in (subject,) if result.actor is None else (subject, result.actor):
+            trust = self._trust(claims.iss)
+            issuers.add(self._endpoints[trust.issuer])
+            begins += [value - leeway for value in (claims.nbf, claims.iat) if value is not None]
+            ends.append(claims.exp + leeway)
+            if trust.max_age is not None:
+                if claims.iat is None:
+                    return None
+                ends.append(claims.iat + trust.max_age + leeway)
         return Terms(
-            begins=max(begins, default=0.0),
+            begins=max(begins),
             ends=min(ends),
             ends_monotonic=min(
                 self._clock.monotonic() + LEASE_S,
@@ -261,6 +278,7 @@ class Flow:
         token_key: bytes,
         subject: Claims,
         decision: Forward | Exchange,
+        actor_token: str | None,
         *,
         now: float,
         deadline: float | None,
@@ -271,7 +289,15 @@ class Flow:
                     decision="forward", relation="same_issuer", cache="none", subject=subject, exchanged=None
                 )
             case Exchange():
-                return self._exchange(token, token_key, subject, decision, now=now, deadline=deadline)
+                actor = self._actor(actor_token, subject, now=now, deadline=deadline)
+                try:
+                    return self._exchange(
+                        token, token_key, subject, decision, actor, now=now, deadline=deadline
+                    )
+                except TokenExchangeError as error:
+                    # Whoever shares this exchange has the same actor.
+                    error.facts.update(self._actor_facts(_claims_of(actor)))
+                    raise
 
     # --- the subject token ------------------------------------------------------------
 
@@ -280,15 +306,7 @@ class Flow:
     ) -> tuple[VerifiedToken, bool]:
         """Return the token once it is verified and judged, and whether it was remembered."""
         config = self._config
-        verified = self._cache.verified(token_key)
-        if verified is not None:
-            trust = self._trust(verified.claims.iss)
-            # The key that verified it must still be the issuer's.
-            if not self._still_trusted(verified, trust, deadline):
-                verified = None
-        known = verified is not None
-        if verified is None:
-            verified, trust = self._verify_subject(token, deadline)
+        verified, trust, known = self._verified(token, token_key, deadline)
         claims = verified.claims
         check_timestamps(claims, now=now, leeway=config.leeway, max_age=trust.max_age)
         # An ID token only where the exchange declares one, and never of the target: it could be forwarded.
@@ -300,6 +318,18 @@ class Flow:
         check_client(claims, allowed=trust.clients)
         return verified, known
 
+    def _verified(
+        self, token: str, token_key: bytes, deadline: float | None
+    ) -> tuple[VerifiedToken, SubjectTokenIssuer, bool]:
+        """Return a token whose signature is verified, how its issuer is trusted, and whether it was known."""
+        verified = self._cache.verified(token_key)
+        if verified is not None:
+            trust = self._trust(verified.claims.iss)
+            # The key that verified it must still be the issuer's.
+            if self._still_trusted(verified, trust, deadline):
+                return verified, trust, True
+        return *self._verify(token, deadline), False
+
     def _trust(self, iss: object) -> SubjectTokenIssuer:
         return trusted_issuer(iss, issuers=self._config.issuers, target=self._config.target_rules)
 
@@ -310,7 +340,7 @@ class Flow:
             return not trust.verify_signature
         return self._keys.keys(self._endpoints[trust.issuer], deadline=deadline).holds(verified.fingerprint)
 
-    def _verify_subject(self, token: str, deadline: float | None) -> tuple[VerifiedToken, SubjectTokenIssuer]:
+    def _verify(self, token: str, deadline: float | None) -> tuple[VerifiedToken, SubjectTokenIssuer]:
         jws = parse_compact(token, max_bytes=self._config.max_token_size)
         trust = self._trust(jws.payload.get("iss"))
         check_algorithm(jws, algorithms=trust.algorithms)
@@ -320,6 +350,7 @@ class Flow:
             verify_signature(jws, key, algorithms=trust.algorithms)
         claims = self._parse_claims(jws)
         check_issuer(claims, expected=trust.issuer)
+        check_actors(claims, max_depth=self._config.actor.max_chain_depth)
         fingerprint = key.fingerprint if key is not None else None
         return VerifiedToken(claims=claims, typ=jws.typ, fingerprint=fingerprint), trust
 
@@ -346,6 +377,62 @@ class Flow:
         if not meets_audience_required(subject, alternatives=config.audience_required):
             raise AccessDeniedError(reason="audience_required")
         check_scopes_required(subject, alternatives=config.scopes_required)
+        if config.actor.required and "act" not in subject.members:
+            raise AccessDeniedError(reason="actor_missing")
+
+    # --- the actor token --------------------------------------------------------------
+
+    def _actor(
+        self, offered: str | None, subject: Claims, *, now: float, deadline: float | None
+    ) -> _Actor | None:
+        """Return who acts for the subject, proven as far as that can be; None where nobody does."""
+        policy = self._config.actor
+        token = offered if policy.source == "header" else None
+        if policy.static_token is not None:
+            token = policy.static_token.reveal()
+        if token is None:
+            if policy.required:
+                raise AccessDeniedError(reason="actor_missing")
+            return None
+        token_key = digest_fields((self._config.identity, token))
+        claims = None
+        if policy.verified:
+            try:
+                claims = self._verified_actor(token, token_key, now=now, deadline=deadline)
+            except (InvalidTokenError, AccessDeniedError) as error:
+                raise self._actor_refused(error) from None
+            if policy.enforce_may_act and not may_act(subject, claims):
+                raise AccessDeniedError(reason="actor_not_permitted", facts=self._actor_facts(claims))
+        sent = ActorToken(token=token, token_type=policy.token_type)
+        return _Actor(sent=sent, key=token_key.hex(), claims=claims)
+
+    def _verified_actor(self, token: str, token_key: bytes, *, now: float, deadline: float | None) -> Claims:
+        """Prove an actor token by every rule for its issuer's subject tokens; its signature in any case."""
+        config = self._config
+        verified, trust, known = self._verified(token, token_key, deadline)
+        if verified.fingerprint is None:
+            raise UnknownIssuerError(reason="issuer_unverified")
+        claims = verified.claims
+        check_timestamps(claims, now=now, leeway=config.leeway, max_age=trust.max_age)
+        # It never goes upstream, so an ID token of any issuer may be one where that is declared.
+        id_token = config.actor.token_type == TOKEN_TYPE_ID_TOKEN
+        check_type(claims, typ=verified.typ, accepted=trust.typ, id_token=id_token)
+        check_bearer(claims)
+        check_audience(claims, accepted=trust.audience)
+        check_required_claims(claims, required=trust.required_claims)
+        check_client(claims, allowed=config.actor.clients or trust.clients)
+        if not known:
+            self._cache.store_verified(token_key, verified)
+        return claims
+
+    def _actor_refused(self, error: InvalidTokenError | AccessDeniedError) -> TokenExchangeError:
+        """Say whose fault an actor token is: the caller's, or that of who configured it."""
+        reason = "actor_" + error.reason
+        if self._config.actor.source == "config":
+            return ClientRefusedError(reason=reason, facts=error.facts)
+        if isinstance(error, AccessDeniedError):
+            return AccessDeniedError(reason=reason, facts=error.facts)
+        return InvalidTokenError(reason=reason, facts=error.facts)
 
     # --- the exchange -----------------------------------------------------------------
 
@@ -355,6 +442,7 @@ class Flow:
         token_key: bytes,
         subject: Claims,
         asked: Exchange,
+        actor: _Actor | None,
         *,
         now: float,
         deadline: float | None,
@@ -365,10 +453,18 @@ class Flow:
             relation=asked.relation,
             subject_token_type=asked.entry.subject_token_type,
             token_endpoint=self._keys.token_endpoint(self._target, deadline=deadline),
+            actor=actor,
         )
         # The plugin configuration's identity stands for client, audience, scopes and all other
         # settings; the endpoint may also come from discovery, so it is named beside it.
-        key = digest_fields((token_key.hex(), order.token_endpoint, order.subject_token_type))
+        key = digest_fields(
+            (
+                token_key.hex(),
+                order.token_endpoint,
+                order.subject_token_type,
+                actor.key if actor is not None else None,
+            )
+        )
         exchanged = self._cached(key, now=now, deadline=deadline) if self._config.cache.enabled else None
         own = False
         if exchanged is None and (refusal := self._cached_refusal(key)) is not None:
@@ -399,6 +495,7 @@ class Flow:
             subject=subject,
             exchanged=exchanged,
             notes=tuple(order.notes),
+            actor=_claims_of(actor),
         )
 
     def _cached(self, key: bytes, *, now: float, deadline: float | None) -> ExchangedToken | None:
@@ -443,6 +540,7 @@ class Flow:
             grant_type=self._config.request.grant_type,
             subject_token=order.token,
             max_token_size=self._config.max_token_size,
+            actor=_sent_of(order.actor),
         )
         # A clock that is ahead elsewhere lengthens nothing here.
         sent_at = min(sent_at, now)
@@ -479,7 +577,8 @@ class Flow:
             renewed = self._cache.renew(key, old, exchange)
         except TokenExchangeError as error:
             outcome = "refused" if isinstance(error, RejectionError) else "failed"
-            self._audit_refusal(error, {**self._subject_facts(order.subject), **error.facts, "refresh": True})
+            parties = {**self._subject_facts(order.subject), **self._actor_facts(_claims_of(order.actor))}
+            self._audit_refusal(error, {**parties, **error.facts, "refresh": True})
         else:
             outcome = "not_needed" if renewed is None else "renewed"
         if renewed is not None:
@@ -510,6 +609,7 @@ class Flow:
             parameters=config.request,
             subject_token=order.token,
             subject_token_type=order.subject_token_type,
+            actor=_sent_of(order.actor),
         )
         # `expires_in` counts from an instant between here and the answer: the earliest is safe.
         sent_at, sent_at_monotonic = self._clock.now(), self._clock.monotonic()
@@ -535,6 +635,7 @@ class Flow:
             grant_type=config.request.grant_type,
             subject_token=order.token,
             max_token_size=config.max_token_size,
+            actor=_sent_of(order.actor),
         )
 
     def _other_secret(self, refused: ClientRefusedError, secret: Secret | None) -> Secret | None:
@@ -551,7 +652,7 @@ class Flow:
             now=grant.sent_at,
             expires_in=response.expires_in,
             result_exp=claims.exp if claims else None,
-            subject_exp=order.subject.exp,
+            subject_exp=min(order.subject.exp, _end_of(order.actor)),
             ttl=config.cache.ttl,
             max_lifetime=config.result.max_lifetime,
             margin=REUSE_MARGIN_S,
@@ -575,7 +676,7 @@ class Flow:
         instant = refresh_instant(
             now=grant.sent_at,
             reuse_until=reuse_until,
-            subject_end=min(order.subject.exp, too_old) - REUSE_MARGIN_S,
+            subject_end=min(order.subject.exp, too_old, _end_of(order.actor)) - REUSE_MARGIN_S,
             spread=crc32(order.token.encode("ascii")) / 2**32,
         )
         return math.inf if instant is None else instant
@@ -606,9 +707,25 @@ class Flow:
                 raise ExchangedTokenError(reason="result_audience")
             check_scopes_required(claims, alternatives=config.scopes_required)
         self._check_narrowing(order, response, claims, scopes, now=now)
+        if order.actor is not None:
+            self._check_result_actor(order, order.actor, claims)
         for note in order.notes:
             self._metrics.count("result_notes", note=note)
         return claims, fingerprint
+
+    def _check_result_actor(self, order: _Order, actor: _Actor, claims: Claims | None) -> None:
+        """Require that the result names the very actor that was sent; note where it names nobody."""
+        config = self._config
+        if claims is not None and "act" not in claims.members:
+            # Without `act` it is impersonation: more than what was asked for.
+            delegation = config.flow is not None and config.flow.kind == "delegation"
+            if config.actor.required or (delegation and config.result.narrowing == "enforce"):
+                raise ExchangedTokenError(reason="result_actor_missing")
+            order.notes.append("actor_not_in_result")
+        elif claims is None or actor.claims is None:
+            order.notes.append("actor_unproven")
+        elif not is_actor(claims, actor.claims):
+            raise ExchangedTokenError(reason="result_actor_differs", facts={"claim": "act"})
 
     def _check_unread(self, scopes: frozenset[str] | None) -> None:
         """Judge by the answer alone what is asked of a result that only its resource can read."""
@@ -688,6 +805,7 @@ class Flow:
             check_timestamps(claims, now=now, leeway=config.leeway)
             check_type(claims, typ=jws.typ, accepted=rules.typ)
             check_bearer(claims)
+            check_actors(claims, max_depth=config.actor.max_chain_depth)
         except InvalidTokenError as error:
             # The caller's token was good; what came out of the exchange is not.
             raise ExchangedTokenError(reason="result_" + error.reason, facts=error.facts) from None
@@ -710,22 +828,31 @@ class Flow:
         if result.cache == "hit":
             # The exchange that filled the cache was recorded; a hit is counted only.
             return
-        facts = self._result_facts(result.relation, result.subject, result.exchanged, result.notes)
+        facts = self._result_facts(
+            result.relation, result.subject, result.actor, result.exchanged, result.notes
+        )
         self._audit.record(
             AuditEvent(outcome=result.decision, reason=result.relation, status=200, facts=self._facts(facts))
         )
 
     def _record_renewal(self, order: _Order, renewed: ExchangedToken) -> None:
-        facts = self._result_facts(order.relation, order.subject, renewed, order.notes)
+        facts = self._result_facts(
+            order.relation, order.subject, _claims_of(order.actor), renewed, order.notes
+        )
         facts["refresh"] = True
         self._audit.record(
             AuditEvent(outcome="exchange", reason=order.relation, status=200, facts=self._facts(facts))
         )
 
     def _result_facts(
-        self, relation: Relation, subject: Claims, exchanged: ExchangedToken | None, notes: Sequence[str]
+        self,
+        relation: Relation,
+        subject: Claims,
+        actor: Claims | None,
+        exchanged: ExchangedToken | None,
+        notes: Sequence[str],
     ) -> dict[str, Fact]:
-        facts: dict[str, Fact] = {"relation": relation, **self._subject_facts(subject)}
+        facts = {"relation": relation, **self._subject_facts(subject), **self._actor_facts(actor)}
         if exchanged is not None and exchanged.claims is not None:
             facts["aud"] = " ".join(exchanged.claims.aud)[:200]
             facts["scope"] = " ".join(sorted(exchanged.claims.scopes))[:200]
@@ -737,9 +864,17 @@ class Flow:
         """Name issuer, client and subject, the last by a digest that only this configuration makes."""
         if subject is None:
             return {}
-        material = digest_fields((subject.iss, subject.sub))
-        pseudonym = hmac.new(self._config.identity.encode("ascii"), material, hashlib.sha256).hexdigest()
-        return {"iss": subject.iss, "client": subject.client, "subject": pseudonym[:16]}
+        return {"iss": subject.iss, "client": subject.client, "subject": self._pseudonym(subject)}
+
+    def _actor_facts(self, actor: Claims | None) -> dict[str, Fact]:
+        """Name the acting party in the same way."""
+        if actor is None:
+            return {}
+        return {"actor_iss": actor.iss, "actor_client": actor.client, "actor": self._pseudonym(actor)}
+
+    def _pseudonym(self, party: Claims) -> str:
+        material = digest_fields((party.iss, party.sub))
+        return hmac.new(self._config.identity.encode("ascii"), material, hashlib.sha256).hexdigest()[:16]
 
     def _facts(self, facts: Mapping[str, Fact]) -> dict[str, Fact]:
         flow = self._config.flow
@@ -759,6 +894,19 @@ def _client_authentication(client: ClientCredentials, secret: Secret | None) -> 
     if client.method == "client_secret_post":
         return client_secret_post(client.client_id, secret)
     return client_secret_basic(client.client_id, secret)
+
+
+def _sent_of(actor: _Actor | None) -> ActorToken | None:
+    return None if actor is None else actor.sent
+
+
+def _claims_of(actor: _Actor | None) -> Claims | None:
+    return None if actor is None else actor.claims
+
+
+def _end_of(actor: _Actor | None) -> float:
+    claims = _claims_of(actor)
+    return math.inf if claims is None else claims.exp
 
 
 def _endpoints_of(entry: SubjectTokenIssuer) -> IssuerEndpoints:

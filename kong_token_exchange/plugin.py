@@ -145,9 +145,10 @@ def _encode_refusal(answer: ErrorAnswer) -> Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Credential:
-    """The subject token and how its place is emptied."""
+    """The subject token and how its place is emptied; with it the actor token, where one is looked for."""
 
     token: str = field(repr=False)
+    actor_token: str | None = field(default=None, repr=False)
     removal: Removal = field(default_factory=Removal, repr=False)
 
 
@@ -164,6 +165,9 @@ class TokenExchangeInstance:
         # The headers a client must not have stripped: Kong removes what `Connection` lists after
         # the plugins have run (GW-20).
         self._protected = frozenset({"authorization", config.upstream_header.name.lower()})
+        # An actor token is for the exchange alone: it goes upstream in no case.
+        self._never_upstream = () if config.actor.header_name is None else (config.actor.header_name,)
+        self._protected |= {name.lower() for name in self._never_upstream}
         self._readers: list[tuple[Fetch, str]] = [
             (Fetch("kong.nginx.get_var", "http_connection"), "connection")
         ]
@@ -174,6 +178,8 @@ class TokenExchangeInstance:
             self._readers.append((Fetch("kong.request.get_raw_query"), "query"))
         if source.cookie_name is not None:
             self._readers.append((Fetch("kong.nginx.get_var", "http_cookie"), "cookie"))
+        if config.actor.header_name is not None:
+            self._readers.append((_header_fetch(config.actor.header_name), "actor"))
         if not config.run_on_preflight:
             self._readers.append((Fetch("kong.request.get_method"), "method"))
         self._kinds = tuple(kind for _, kind in self._readers)
@@ -190,7 +196,7 @@ class TokenExchangeInstance:
         leases = self._leases
         if leases is None or facts[0] not in _PLAIN_CONNECTIONS:
             return self._judge(facts, None)
-        # Neither a plain `Connection`, which comes first, nor a method, which comes last, holds a NUL.
+        # No fact of an answer that stands holds a NUL: tokens are b64token, `Connection` is plain.
         key = sha256("\0".join(facts).encode("utf-8", "surrogatepass")).digest()
         return leases.find(key) or self._judge(facts, key)
 
@@ -244,7 +250,7 @@ class TokenExchangeInstance:
             self._flow.record_refusal(error)
             return Answer(refusal=render(error))
         try:
-            result = self._flow.run(credential.token, deadline=deadline)
+            result = self._flow.run(credential.token, deadline=deadline, actor_token=credential.actor_token)
         except TokenExchangeError as error:
             return Answer(refusal=render(error), alarm=self._alarms.text(error))
         return credential, result
@@ -266,11 +272,23 @@ class TokenExchangeInstance:
                 facts["cookie"], name=self._config.credential.cookie_name or "", max_length=limit
             )
             removal = removal if query is not None else cookie_removal
-        return _Credential(token=select_credential((header, query, cookie)), removal=removal)
+        token = select_credential((header, query, cookie))
+        return _Credential(token=token, actor_token=self._actor_token(facts), removal=removal)
+
+    def _actor_token(self, facts: Mapping[str, str]) -> str | None:
+        name = self._config.actor.header_name
+        if name is None:
+            return None
+        parse = parse_authorization if name.lower() == "authorization" else parse_token
+        try:
+            return parse(facts["actor"], max_length=self._config.max_token_size)
+        except MalformedRequestError as error:
+            raise MalformedRequestError(reason="actor_" + error.reason) from None
 
     def _preflight(self, facts: Mapping[str, str]) -> Answer:
         """Let a preflight pass without any credential (`run_on_preflight: false`)."""
         removals = [self._config.credential.header_name or "authorization", self._config.upstream_header.name]
+        removals += self._never_upstream
         query = cookie = Removal()
         if "query" in facts:
             query = query_token(facts["query"], max_length=len(facts["query"]), strict=False)[1]
@@ -297,6 +315,7 @@ class TokenExchangeInstance:
         hide = exchanged is not None or config.hide_credentials
         removal = credential.removal if hide else Removal()
         emptied = [config.credential.header_name or "authorization"] if hide else []
+        emptied += self._never_upstream
         if removal.cookie == "":
             emptied.append("cookie")
         headers = ((name, value), ("cookie", removal.cookie)) if removal.cookie else ((name, value),)
@@ -309,7 +328,7 @@ class TokenExchangeInstance:
 
 
 def _header_fetch(header_name: str | None) -> Fetch:
-    if header_name is None:
+    if header_name is None or header_name.lower() == "authorization":
         # nginx itself refuses a request with two of these.
         return Fetch("kong.request.get_header", "authorization")
     # Two headers of another name are joined by a comma here, and so refused; get_header would give one.
@@ -335,6 +354,8 @@ def _shared_facts(result: FlowResult) -> dict[str, str]:
     }
     if result.subject.client is not None:
         facts["client"] = result.subject.client
+    if result.actor is not None:
+        facts |= {"actor_issuer": result.actor.iss, "actor": result.actor.sub}
     return facts
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
-from kong_token_exchange.core.policy import TOKEN_TYPE_ACCESS_TOKEN
+from kong_token_exchange.core.policy import MAX_ACTORS, TOKEN_TYPE_ACCESS_TOKEN
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 FieldType = Literal["string", "boolean", "integer", "number", "array", "map", "record"]
@@ -438,20 +438,27 @@ _SUBJECT_TOKEN_ISSUERS = _records(
     required=True,
 )
 
-_ACTOR_TOKEN = _later(
-    _record(
-        "The token of the party that acts for the subject.",
-        {
-            "source": _text(
-                "Where the actor token comes from.", default="none", one_of=("config", "header", "none")
-            ),
-            "header_name": _text("The request header that holds it, with `source: header`."),
-            "static_token": _text(
-                "The token itself, with `source: config`.", referenceable=True, encrypted=True
-            ),
-            "type": _text("The `actor_token_type` that is sent.", default=TOKEN_TYPE_ACCESS_TOKEN),
-        },
-    )
+_ACTOR_TOKEN = _record(
+    "The token of the party that acts for the subject (RFC 8693). Not for `jwt_bearer`.",
+    {
+        "source": _text(
+            "Where the actor token comes from: a header of the request, or this configuration.",
+            default="none",
+            one_of=("config", "header", "none"),
+        ),
+        "header_name": _text(
+            "The request header that holds it, with `source: header`. It never goes upstream.",
+            difference="The token is verified like a subject token, so its issuer must be a configured one.",
+        ),
+        "static_token": _text(
+            "The token itself, with `source: config`.",
+            referenceable=True,
+            encrypted=True,
+            difference="A JWT of a configured issuer is verified at every request. Open-source Kong does not"
+            " encrypt it at rest.",
+        ),
+        "type": _text("The `actor_token_type` that is sent.", default=TOKEN_TYPE_ACCESS_TOKEN),
+    },
 )
 
 _EXCHANGE_REQUEST = _record(
@@ -535,17 +542,30 @@ _RESULT = _record(
     },
 )
 
-_ACTOR = _later(
-    _record(
-        "What must be true of the party that acts for the subject.",
-        {
-            "required": _flag("Refuse a request without an actor.", default=False),
-            "enforce_may_act": _flag(
-                "The actor must be named in `may_act` of the subject token.", default=False
-            ),
-            "max_chain_depth": _integer("How deep `act` may be nested.", between=(1, 16)),
-        },
-    )
+_ACTOR = _record(
+    "What must be true of the party that acts for the subject; its token is `request.actor_token`.",
+    {
+        "required": _flag(
+            "Refuse a request without an actor token, and a result that does not name the actor in `act`; a"
+            " token that is forwarded must have `act` already.",
+            default=False,
+        ),
+        "enforce_may_act": _flag(
+            "The subject token must name the actor in `may_act`. Each member must equal the actor's claim of"
+            " that name; an empty or absent `may_act` permits nobody.",
+            default=False,
+        ),
+        "max_chain_depth": _integer(
+            "How many actors `act` of any token may name, one nested in the other.",
+            default=MAX_ACTORS,
+            between=(1, 16),
+        ),
+        "clients": _texts(
+            "The clients (`azp`, `client_id`, `cid`, `appid`) whose tokens are accepted as actor tokens,"
+            " instead of `clients` of their issuer.",
+            len_min=1,
+        ),
+    },
 )
 
 _FLOW = _record(

@@ -28,7 +28,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # The members providers use for the client a token was issued to: OIDC and Keycloak, RFC 9068,
 # Okta, Entra v1.
-_CLIENT_MEMBERS = ("azp", "client_id", "cid", "appid")
+CLIENT_MEMBERS = ("azp", "client_id", "cid", "appid")
 
 # The members that name scopes, beside the configured one: RFC 8693 section 4.2; Okta (a list) and Entra.
 _SCOPE_MEMBERS = ("scope", "scp")
@@ -272,6 +272,11 @@ def meets_audience_required(claims: Claims, *, alternatives: Sequence[frozenset[
     return not alternatives or any(wanted and wanted.issubset(claims.aud) for wanted in alternatives)
 
 
+def is_identifier(value: Json) -> bool:
+    """Tell whether *value* is text that may name a party: not empty, bounded, without control characters."""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_IDENTIFIER and _CONTROL.search(value) is None
+
+
 # --- reading --------------------------------------------------------------------------
 
 
@@ -319,9 +324,9 @@ def _numeric_date(payload: Mapping[str, Json], name: str) -> float | None:
 
 def _identifier(payload: Mapping[str, Json], name: str) -> str:
     value = payload.get(name)
-    if not isinstance(value, str) or not value or len(value) > _MAX_IDENTIFIER or _CONTROL.search(value):
+    if not is_identifier(value):
         raise ClaimError(claim=name)
-    return value
+    return cast("str", value)
 
 
 def _audience(value: Json) -> tuple[str, ...]:
@@ -353,7 +358,7 @@ def _scopes(value: Json) -> frozenset[str]:
 
 
 def _client(payload: Mapping[str, Json]) -> str | None:
-    for name in _CLIENT_MEMBERS:
+    for name in CLIENT_MEMBERS:
         if name in payload:
             return _identifier(payload, name)
     return None

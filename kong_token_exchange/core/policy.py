@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS
+from kong_token_exchange.secret import Secret
+
+# Actors in one token: a caller, an agent, its tool, and one more; each exchange adds one.
+MAX_ACTORS = 4
 
 # RFC 8693 section 3.
 TOKEN_TYPE_ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, no secret
@@ -77,6 +81,26 @@ class ResultPolicy:
     max_lifetime: int | None = None
     narrowing: Literal["enforce", "audit", "off"] = "enforce"
     same_subject: Literal["sub", "off"] | tuple[ClaimPair, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorPolicy:
+    """
+    Who may act for the subject, and where that party's token comes from.
+
+    `verified` is False for a configured token that cannot be proven here: opaque, or of an issuer
+    that is not configured. `clients` stands in place of that of the actor's issuer.
+    """
+
+    source: Literal["none", "header", "config"] = "none"
+    header_name: str | None = None
+    static_token: Secret | None = None
+    token_type: str = TOKEN_TYPE_ACCESS_TOKEN
+    verified: bool = True
+    required: bool = False
+    enforce_may_act: bool = False
+    max_chain_depth: int = MAX_ACTORS
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ Source: RFC 8693 section 2; RFC 7523 section 2.1; RFC 6749 section 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NoReturn, Protocol
 from urllib.parse import urlencode
 
@@ -65,6 +65,14 @@ class ExchangeParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActorToken:
+    """The acting party's token with its type: sent together or not at all (RFC 8693 section 2.1)."""
+
+    token: str = field(repr=False)
+    token_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeResponse:
     """
     A token response that passed every check of form.
@@ -79,12 +87,18 @@ class ExchangeResponse:
 
 
 def build_exchange_request(
-    token_endpoint: str, *, parameters: ExchangeParameters, subject_token: str, subject_token_type: str
+    token_endpoint: str,
+    *,
+    parameters: ExchangeParameters,
+    subject_token: str,
+    subject_token_type: str,
+    actor: ActorToken | None = None,
 ) -> HttpRequest:
     """
     Build the request that exchanges *subject_token*, still without client authentication.
 
     Every value is form-encoded; optional parameters are sent only where they are configured.
+    The JWT bearer grant has no actor.
 
     Source: RFC 8693 section 2.1; RFC 7523 section 2.1.
     """
@@ -97,6 +111,8 @@ def build_exchange_request(
             ("subject_token", subject_token),
             ("subject_token_type", subject_token_type),
         ]
+        if actor is not None:
+            form += [("actor_token", actor.token), ("actor_token_type", actor.token_type)]
         if parameters.requested_token_type:
             form.append(("requested_token_type", parameters.requested_token_type))
     form += [("audience", value) for value in parameters.audience]
@@ -115,7 +131,12 @@ def build_exchange_request(
 
 
 def process_exchange_response(
-    response: HttpResponse, *, grant_type: GrantType, subject_token: str, max_token_size: int
+    response: HttpResponse,
+    *,
+    grant_type: GrantType,
+    subject_token: str,
+    max_token_size: int,
+    actor: ActorToken | None = None,
 ) -> ExchangeResponse:
     """
     Judge the answer of the token endpoint.
@@ -139,6 +160,8 @@ def process_exchange_response(
         raise NonConformingResponseError(reason="access_token_malformed")
     if token == subject_token:
         raise NonConformingResponseError(reason="subject_token_echoed")
+    if actor is not None and token == actor.token:
+        raise NonConformingResponseError(reason="actor_token_echoed")
     token_type = document.get("token_type")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
         raise NonConformingResponseError(reason="token_type_not_bearer")

@@ -17,6 +17,7 @@ from kong_token_exchange.core.strict_json import JsonError, parse_json_object
 from kong_token_exchange.errors import NonConformingResponseError
 from kong_token_exchange.protocol.exchange import (
     MAX_RESPONSE_BYTES,
+    ActorToken,
     ExchangeResponse,
     GrantType,
     process_exchange_response,
@@ -49,7 +50,12 @@ def build_shared_grant(response: ExchangeResponse, *, sent_at: float) -> bytes:
 
 
 def process_shared_grant(
-    data: bytes, *, grant_type: GrantType, subject_token: str, max_token_size: int
+    data: bytes,
+    *,
+    grant_type: GrantType,
+    subject_token: str,
+    max_token_size: int,
+    actor: ActorToken | None = None,
 ) -> tuple[ExchangeResponse, float]:
     """
     Judge the form of what another process left; the caller proves the token itself.
@@ -65,6 +71,7 @@ def process_shared_grant(
         grant_type=grant_type,
         subject_token=subject_token,
         max_token_size=max_token_size,
+        actor=actor,
     )
     return response, _sent_at(data)
 

@@ -340,7 +340,7 @@ LATER = [
     leaf for name, field in CONFIG.fields.items() if field.only_default for leaf in leaves(name, field)
 ] + [
     leaf
-    for name in ("actor", "retry")
+    for name in ("retry",)
     for leaf in leaves(f"token_exchange.{name}", CONFIG.fields["token_exchange"].fields[name])
 ]  # fmt: skip
 
@@ -370,8 +370,6 @@ def test_the_order_of_a_default_means_nothing() -> None:
         ("client_auth", ["client_secret_jwt"]),
         ("client_auth", ["tls_client_auth"]),
         ("token_exchange.map_identities_from", "subject_token"),
-        ("token_exchange.request.actor_token.source", "header"),
-        ("token_exchange.request.actor_token.static_token", "abc"),
         ("auth_methods", ["bearer", "introspection"]),
         ("auth_methods", ["session"]),
         ("auth_methods", []),

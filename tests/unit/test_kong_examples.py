@@ -15,7 +15,6 @@ import pytest
 
 from kong_token_exchange.config import Conditions, load_config
 from kong_token_exchange.errors import ConfigError
-from kong_token_exchange.schema import NOT_YET
 
 A, B = "https://a.example.com/realms/one", "https://b.example.com/realms/two"
 
@@ -170,21 +169,36 @@ def test_an_http_issuer_adds_one_field(name: str) -> None:
     assert load_config({**raw, "insecure_allow_http": True}).issuers
 
 
-@pytest.mark.parametrize(
-    "actor_token",
-    [
-        {"source": "header", "header_name": "X-Actor-Token"},
-        {"source": "config", "static_token": "an-actor-token"},
-    ],
-)
-def test_actor_tokens_are_refused_and_not_ignored(actor_token: dict[str, str]) -> None:
-    raw = copy.deepcopy(CROSS_DOMAIN)
-    raw["token_exchange"]["request"]["actor_token"] = actor_token
-    with pytest.raises(ConfigError) as caught:
-        load_config(raw)
+ACTOR_TOKEN: dict[str, Any] = copy.deepcopy(CROSS_DOMAIN)
+ACTOR_TOKEN["token_exchange"]["request"]["actor_token"] = {
+    "source": "header",
+    "header_name": "X-Actor-Token",
+    "type": "urn:ietf:params:oauth:token-type:access_token",
+}
 
-    assert caught.value.path == "token_exchange.request.actor_token.source"
-    assert caught.value.message == NOT_YET
+
+def test_an_actor_token_comes_from_the_header_that_kong_names() -> None:
+    actor = load_config(ACTOR_TOKEN).actor
+
+    assert ("header", "X-Actor-Token", None, True) == (
+        actor.source,
+        actor.header_name,
+        actor.static_token,
+        actor.verified,
+    )
+    # What is ours and not Kong's asks for nothing.
+    assert (False, False, ()) == (actor.required, actor.enforce_may_act, actor.clients)
+
+
+def test_an_actor_token_comes_from_the_configuration() -> None:
+    raw = copy.deepcopy(CROSS_DOMAIN)
+    raw["token_exchange"]["request"]["actor_token"] = {"source": "config", "static_token": "MARKED-actor"}
+    config = load_config(raw)
+
+    assert config.actor.static_token is not None
+    assert "MARKED-actor" == config.actor.static_token.reveal()
+    assert "MARKED" not in repr(config)
+    assert not config.actor.verified
 
 
 def test_an_actor_token_at_kongs_default_is_no_actor_token() -> None:

@@ -63,11 +63,13 @@ class FakeFlow:
     def __init__(self, answer: Callable[[float | None], FlowResult]) -> None:
         self.answer = answer
         self.tokens: list[str] = []
+        self.actor_tokens: list[str | None] = []
         self.deadlines: list[float | None] = []
         self.refusals: list[TokenExchangeError] = []
 
-    def run(self, token: str, *, deadline: float | None) -> FlowResult:
+    def run(self, token: str, *, deadline: float | None, actor_token: str | None = None) -> FlowResult:
         self.tokens.append(token)
+        self.actor_tokens.append(actor_token)
         self.deadlines.append(deadline)
         return self.answer(deadline)
 
@@ -142,7 +144,8 @@ def read_calls(outcome: Any) -> list[tuple[str, Any]]:
 
 
 def warm(instance: Any, **facts: str) -> Any:
-    values = {"connection": "", "header": "", "query": "", "cookie": "", "method": "GET", **facts}
+    values = {"connection": "", "header": "", "query": "", "cookie": "", "actor": "", "method": "GET"}
+    values |= facts
     return instance.warm([values[kind] for kind in instance._kinds])
 
 

@@ -243,7 +243,10 @@ def test_json_schema_says_its_dialect_and_refuses_unknown_fields() -> None:
         (("token_exchange", "subject_token_issuers"), {"type": "array", "minItems": 1}),
         (("token_exchange", "subject_token_issuers", "[]"), {"required": ["issuer"]}),
         (("token_exchange", "grant_type"), {"enum": ["jwt_bearer", "token_exchange", None]}),
-        (("token_exchange", "request", "actor_token", "source"), {"enum": ["none", None]}),
+        (
+            ("token_exchange", "request", "actor_token", "source"),
+            {"type": ["string", "null"], "enum": ["config", "header", "none", None]},
+        ),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
