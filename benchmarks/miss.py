@@ -200,20 +200,25 @@ def _timed(flow: Flow, watch: Stopwatch) -> Iterator[None]:
         return watch.wrap(f"{inside[-1]} signature", verify)(*args, **kwargs)
 
     changed: Any = flow
-    authenticate, sender = flow._authenticate, flow._sender
+    authentication, sender = flow_module._client_authentication, flow._sender
+
+    def authenticated(*args: Any) -> Callable[..., Any]:
+        return watch.wrap("request", watch.wrap("request", authentication)(*args))
+
     changed._verified_subject = enter("subject", subject)
     changed._prove_result = enter("result", result)
-    changed._authenticate = watch.wrap("request", authenticate)
     changed._sender = _TimedSender(watch.wrap("client", sender.send))
     module: Any = flow_module
     module.verify_signature = verified
     module.build_exchange_request = watch.wrap("request", build)
+    module._client_authentication = authenticated
     try:
         yield
     finally:
         module.verify_signature, module.build_exchange_request = verify, build
+        module._client_authentication = authentication
         del changed._verified_subject, changed._prove_result
-        changed._authenticate, changed._sender = authenticate, sender
+        changed._sender = sender
 
 
 @dataclass
