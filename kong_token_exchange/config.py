@@ -319,10 +319,10 @@ class _Reader:
             raise ConfigError(path, "must be a number")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(path, "must be a finite number")
-        if field.type == "integer":
-            if value != int(value):
-                raise ConfigError(path, "must be a whole number")
+        if value == int(value):
             value = int(value)  # Lua has one type of number: 300.0 is 300
+        elif field.type == "integer":
+            raise ConfigError(path, "must be a whole number")
         if field.between is not None and not field.between[0] <= value <= field.between[1]:
             raise ConfigError(path, f"must be from {field.between[0]} to {field.between[1]}")
         return value
