@@ -11,6 +11,7 @@ import pytest
 
 from kong_token_exchange import schema
 from kong_token_exchange.schema import CONFIG, NOT_YET, Field
+from tests.unit.test_cache_pairs import unplaced_fields
 
 ROOT = Path(__file__).parents[2]
 KONG_FIELDS: dict[str, dict[str, Any]] = json.loads(
@@ -263,3 +264,10 @@ def test_what_is_not_supported_yet_is_marked_all_the_way_down() -> None:
                 path for path, inner in walk(name, field) if not path.endswith("[]") and "[]." not in path
                 and inner.only_default != NOT_YET
             ] == []  # fmt: skip
+
+
+# --- caching --------------------------------------------------------------------------
+
+
+def test_cache_01_every_field_has_a_row_in_the_table_of_pairs() -> None:
+    assert set() == unplaced_fields(), "place it in FIELDS of tests/unit/test_cache_pairs.py"
