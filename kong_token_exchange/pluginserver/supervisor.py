@@ -10,8 +10,10 @@ session from before it can give one worker the answer meant for another.
     worker      --taken in all, open now-->   supervisor
 
 A worker that dies takes its own connections with it and is replaced; the instances
-stand in the journal. The path is taken once a worker is ready, so a server that cannot
-start leaves the one that runs alone. A worker whose supervisor is gone drains and ends.
+stand in the journal. One whose loop no longer turns - stopped, in a call that does not
+return, in an endless `warm` - sends no report; it is given no connection, then killed.
+The path is taken once a worker is ready, so a server that cannot start leaves the one
+that runs alone. A worker whose supervisor is gone drains and ends.
 
 Source: docs/plugin-server.md; docs/adr/0002-own-plugin-server.md.
 """
@@ -19,6 +21,7 @@ Source: docs/plugin-server.md; docs/adr/0002-own-plugin-server.md.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import resource
@@ -70,6 +73,19 @@ STABLE_S = 10.0
 # The loop drains for DRAIN_S, then gives its threads a second.
 DRAIN_LIMIT_S = DRAIN_S + 3.0
 
+# A worker's loop reports every second (`loop.HOUSE_S`), and whenever it takes a connection. One
+# that is silent, or leaves one untaken, for so long gets no more.
+SUSPECT_S = 2.5
+UNTAKEN_S = 0.5
+
+# After so much silence it is told to write where it stands, and then killed: well before Kong
+# (60 s) or any deadline gives up on its events, well after any pause of a healthy process.
+STUCK_S = 5.0
+_LAST_WORDS_S = 0.5
+
+# The same for one that is not ready yet.
+START_LIMIT_S = 60.0
+
 # How often it looks after its children and its parent when nothing happens.
 _CHECK_S = 0.5
 _SOON_S = 0.02
@@ -79,6 +95,9 @@ _REPORT = struct.Struct("<QQ")  # connections taken in all, open now
 
 # Descriptors of a worker that are not Kong's connections: to issuers, files, libraries.
 _SPARE_DESCRIPTORS = 512
+
+# Writes the places where a worker's threads are to its standard error: files, lines, no values.
+_TELL_SIGNAL = signal.SIGUSR1
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -198,6 +217,10 @@ class WorkerLoop(Loop):
         super()._drop(peer)
         self._report()
 
+    def _keep_house(self, now: float) -> None:
+        super()._keep_house(now)
+        self._report()
+
     def _report(self) -> None:
         # Totals, so a report that finds the pipe full is made good by the next one.
         with contextlib.suppress(OSError):
@@ -216,6 +239,9 @@ def run_worker(
         journal: Made before the fork.
         options: See `make_loop`.
     """
+    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
+        # Refused where standard error is no file.
+        faulthandler.register(_TELL_SIGNAL)
     loop = make_loop(
         make_plugin(),
         make_registry=partial(_make_registry, journal),
@@ -236,7 +262,19 @@ def _make_registry(journal: Journal, plugin: PluginType, **options: Any) -> Jour
 class Worker:
     """A worker as its supervisor sees it."""
 
-    __slots__ = ("control", "gone", "is_ready", "open", "pid", "sent", "started_at", "taken")
+    __slots__ = (
+        "control",
+        "gone",
+        "is_ready",
+        "open",
+        "pid",
+        "sent",
+        "silent_s",
+        "started_at",
+        "taken",
+        "told",
+        "untaken_s",
+    )
 
     def __init__(self, pid: int, control: socket.socket, started_at: float) -> None:
         self.pid = pid
@@ -248,6 +286,22 @@ class Worker:
         self.sent = 0
         self.taken = 0
         self.open = 0
+        # Time that its supervisor has seen pass without a report, and with a connection untaken.
+        self.silent_s = 0.0
+        self.untaken_s = 0.0
+        # It has been told to write where it stands.
+        self.told = False
+
+    @property
+    def answers(self) -> bool:
+        """Tell whether its loop turns, as far as is known."""
+        return self.silent_s < SUSPECT_S and self.untaken_s < UNTAKEN_S
+
+    def passed(self, seconds: float) -> None:
+        """Count time in which nothing was heard of it."""
+        self.silent_s += seconds
+        if self.sent > self.taken:
+            self.untaken_s += seconds
 
     @property
     def load(self) -> int:
@@ -268,6 +322,8 @@ class Worker:
                 return
             self.is_ready = True
             self.taken, self.open = _REPORT.unpack(report)
+            self.silent_s = 0.0
+            self.untaken_s = 0.0
 
     def pass_on(self, connection: socket.socket) -> bool:
         """Send it a connection; tell whether it went."""
@@ -337,6 +393,7 @@ class Supervisor:
         self._max_connections = max_connections or _connections_of_a_worker()
         self._clock = clock
         self._slots = [Slot() for _ in range(workers)]
+        self._looked_at = clock()
         self._journal = Journal()
         self._epoll = select.epoll()
         self._listener: SocketPath | None = None
@@ -390,13 +447,16 @@ class Supervisor:
         if self._listener is None and any(worker.is_ready for worker in self._workers()):
             self._listen()
         self._set_accepting(self._waiting is None and self._choose() is not None)
-        for fd, _ in self._epoll.poll(self._timeout()):
+        events = self._epoll.poll(self._timeout())
+        self._count_silence()
+        for fd, _ in events:
             if self._listener is not None and fd == self._listener.socket.fileno():
                 self._accept()
             elif fd == self._wake_receive.fileno():
                 self._drain_wake()
             else:
                 self._read_reports(fd)
+        self._end_stuck()
         self._reap()
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
@@ -460,7 +520,7 @@ class Supervisor:
 
     def _takers(self) -> Iterator[Worker]:
         for worker in self._workers():
-            if worker.is_ready and not worker.gone and worker.load < self._max_connections:
+            if worker.is_ready and worker.answers and not worker.gone and worker.load < self._max_connections:
                 yield worker
 
     def _choose(self) -> Worker | None:
@@ -549,6 +609,24 @@ class Supervisor:
                 worker.control.close()
                 slot.fell_vacant(worker, self._clock())
                 logger.warning("worker %d ended with status %d", worker.pid, status)
+
+    def _count_silence(self) -> None:
+        now = self._clock()
+        # A pause of this process - it was stopped, the machine slept - is nobody's silence.
+        seconds = min(now - self._looked_at, 2 * _CHECK_S)
+        self._looked_at = now
+        for worker in self._workers():
+            worker.passed(seconds)
+
+    def _end_stuck(self) -> None:
+        for worker in self._workers():
+            over_s = worker.silent_s - (STUCK_S if worker.is_ready else START_LIMIT_S)
+            if over_s >= _LAST_WORDS_S:
+                os.kill(worker.pid, signal.SIGKILL)
+            elif over_s >= 0 and not worker.told:
+                worker.told = True
+                logger.error("worker %d does not answer: ending it", worker.pid)
+                os.kill(worker.pid, _TELL_SIGNAL)
 
     # --- the end ----------------------------------------------------------------------
 

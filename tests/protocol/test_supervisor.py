@@ -29,6 +29,8 @@ from kong_token_exchange.pluginserver.supervisor import (
     MAX_WORKERS,
     STABLE_S,
     START_ATTEMPTS,
+    STUCK_S,
+    UNTAKEN_S,
     Slot,
     Supervisor,
     Worker,
@@ -64,6 +66,8 @@ class Instance:
     def warm(self, facts):
         if facts[0] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        while facts[0] == "spin":
+            pass
         return self.ready if facts[0] == "warm" else None
 
     def access(self, kong):
@@ -387,6 +391,90 @@ def test_gw_16_no_event_sees_the_other_configuration_while_workers_are_killed_un
     assert 0 == seen["wrong"]
     assert 10 == len(server.started())
     assert 0 == server.end()
+
+
+def test_stopped_worker_gets_no_connection_and_is_replaced(start: Start) -> None:
+    server = start(workers=2)
+    kongs = spread(server, 2)
+    (victim, hit), (survivor, _) = kongs.items()
+    instance_id = hit.start({"audience": "a"})
+    waiting = hit.take()
+    waiting.sendall(KongSide().begin(instance_id))
+    os.kill(victim, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    # Half of these go there. It does not take them, and is given no others.
+    lost = [server.kong().connect() for _ in range(4)]
+    time.sleep(UNTAKEN_S + 0.1)
+    while len(server.started()) == 2 and time.monotonic() < stopped_at + 2 * WAIT_S:
+        assert (survivor, "a") == ask(server.kong(), instance_id)
+        time.sleep(0.05)
+
+    # 5.5 s on a machine of its own; its last report may have been up to a second before.
+    assert STUCK_S <= time.monotonic() - stopped_at + 1.0 < 2 * WAIT_S
+    # What was under way there ends, which makes Kong ask another or answer 500.
+    waiting.settimeout(WAIT_S)
+    with contextlib.suppress(ConnectionResetError):
+        while waiting.recv(65536):
+            pass
+    for sock in (waiting, *lost):
+        sock.close()
+    assert not is_running(victim)
+    assert f"worker {victim} does not answer" in server.log()
+
+
+def test_worker_whose_warm_never_ends_is_replaced_and_tells_where_it_was(start: Start) -> None:
+    server = start(workers=2)
+    kongs = spread(server, 2)
+    (victim, hit), (survivor, other) = kongs.items()
+    instance_id = hit.start({"audience": "a"})
+    began = time.monotonic()
+    assert "closed" == hit.event(instance_id, headers={"authorization": "spin"}).ended
+
+    # Its last report may have been up to a second before.
+    assert STUCK_S <= time.monotonic() - began + 1.0
+    assert (survivor, "a") == ask(other, instance_id)
+    assert eventually(lambda: len(server.started()) == 3)
+    assert not is_running(victim)
+    assert "in warm" in server.log()
+
+
+def test_pause_of_the_supervisor_is_no_silence_of_its_workers(start: Start) -> None:
+    server = start(workers=2)
+    kongs = spread(server, 2)
+    os.kill(server.pid, signal.SIGSTOP)
+    time.sleep(STUCK_S + 1.0)
+    for pid in kongs:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(server.pid, signal.SIGCONT)
+    time.sleep(1.0)
+    for pid in kongs:
+        os.kill(pid, signal.SIGCONT)
+
+    instance_id = server.kongs[0].start({"audience": "a"})
+    assert set(kongs) == {ask(kong, instance_id)[0] for kong in kongs.values()}
+    assert 2 == len(server.started())
+
+
+def test_worker_that_does_not_become_ready_is_killed_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kong_token_exchange.pluginserver.supervisor.START_LIMIT_S", 0.1)
+    made = tmp_path / "made"
+
+    def hang(control: socket.socket, journal: object) -> None:
+        with made.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(60)
+
+    supervisor = Supervisor(hang, lambda: SocketPath(tmp_path / "s"), workers=1)
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    eventually(lambda: made.exists() and len(made.read_text().splitlines()) > 1)
+    supervisor.request_stop()
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+    assert not any(map(is_running, map(int, made.read_text().splitlines())))
 
 
 def test_workers_end_when_the_supervisor_is_killed(start: Start) -> None:
