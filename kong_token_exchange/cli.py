@@ -107,7 +107,9 @@ def _run_serve(options: argparse.Namespace) -> int:
         keep()
     # Imported here: the query command must answer without loading HTTP and cryptography.
     from kong_token_exchange.pluginserver.supervisor import serve_workers  # noqa: PLC0415 - see above
+    from kong_token_exchange.shell.clock import SystemClock  # noqa: PLC0415 - see above
     from kong_token_exchange.shell.log_queue import queue_log_lines  # noqa: PLC0415 - see above
+    from kong_token_exchange.shell.proof_memory import SharedProofMemory  # noqa: PLC0415 - see above
     from kong_token_exchange.wiring import Shells, constant_faults  # noqa: PLC0415 - see above
 
     # Kong merges both streams into its error log, line by line.
@@ -119,10 +121,13 @@ def _run_serve(options: argparse.Namespace) -> int:
     # urllib3 logs request lines at debug; they hold no token, but nothing of ours depends on them.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
 
+    # Before the fork: a proof that one worker took is refused by every other.
+    proofs = SharedProofMemory(now=SystemClock().now())
+
     def make_plugin() -> PluginType:
         # In each worker, after the fork: connections, threads and caches are never shared.
         atexit.register(queue_log_lines(logging.getLogger()).stop)
-        shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve))
+        shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve), proofs=proofs)
         return shells.make_plugin(max_deadline_ms=int(options.deadline * 1000))
 
     try:

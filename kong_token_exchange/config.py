@@ -34,9 +34,11 @@ from kong_token_exchange.core.policy import (
     BreakerPolicy,
     ClaimPair,
     Conditions,
+    PossessionPolicy,
     ResultPolicy,
     SubjectTokenIssuer,
 )
+from kong_token_exchange.core.target_uri import normalise_uri
 from kong_token_exchange.errors import ConfigError, InvalidTokenError
 from kong_token_exchange.protocol.bearer import is_b64token
 from kong_token_exchange.protocol.exchange import ExchangeParameters
@@ -161,6 +163,7 @@ class PluginConfig:
     scopes_required: tuple[frozenset[str], ...]
     audience_claim: tuple[str, ...]
     scopes_claim: tuple[str, ...]
+    possession: PossessionPolicy
     leeway: float
     timeout_ms: int
     deadline_ms: int
@@ -426,6 +429,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         scopes_required=_build_alternatives(members, "scopes_required"),
         audience_claim=tuple(members["audience_claim"]),
         scopes_claim=tuple(members["scopes_claim"]),
+        possession=_build_possession(members, exchange["proof_of_possession"]),
         leeway=float(members["leeway"]),
         timeout_ms=int(members["timeout"]),
         deadline_ms=exchange["deadline"],
@@ -447,6 +451,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         _find_actor,
         _find_result,
         _find_credential,
+        _find_possession,
         _find_time,
     ):
         find(config, notes)
@@ -1060,6 +1065,44 @@ def _build_upstream_header(value: str) -> UpstreamHeader:
     return UpstreamHeader(name=name, scheme="bearer")
 
 
+def _build_possession(members: Members, facts: Members) -> PossessionPolicy:
+    path, dpop = "token_exchange.proof_of_possession", members["proof_of_possession_dpop"]
+    if facts["origins"] and dpop == "off":
+        raise ConfigError(f"{path}.origins", "only with proof_of_possession_dpop")
+    if dpop != "off":
+        _check_dpop_places(members)
+    return PossessionPolicy(
+        dpop=dpop,
+        proof_lifetime_s=float(members["dpop_proof_lifetime"]),
+        origins=frozenset(
+            _parse_origin(origin, f"{path}.origins[{index}]")
+            for index, origin in enumerate(facts["origins"] or ())
+        ),
+    )
+
+
+def _check_dpop_places(members: Members) -> None:
+    """Require that the scheme `DPoP` can be offered and that its proof does not meet our own header."""
+    header = members["bearer_token_header_name"]
+    if "header" not in members["bearer_token_param_type"]:
+        raise ConfigError("proof_of_possession_dpop", "needs bearer_token_param_type header")
+    if header is not None and header.lower() != "authorization":
+        raise ConfigError(
+            "proof_of_possession_dpop", "needs the token in Authorization (RFC 9449 section 7.1)"
+        )
+    if members["upstream_access_token_header"].partition(":")[0].lower() == "dpop":
+        raise ConfigError(
+            "upstream_access_token_header", "cannot be this header with proof_of_possession_dpop"
+        )
+
+
+def _parse_origin(value: str, path: str) -> str:
+    found = normalise_uri(value)
+    if found is None or found[1] != "/" or "?" in value or "#" in value:
+        raise ConfigError(path, "must be an origin, such as https://api.example.com")
+    return found[0]
+
+
 def _build_alternatives(members: Members, name: str) -> tuple[frozenset[str], ...]:
     alternatives = tuple(frozenset(element.split()) for element in members[name] or ())
     for index, words in enumerate(alternatives):
@@ -1175,6 +1218,15 @@ def _find_credential(config: PluginConfig, notes: _Notes) -> None:
         notes.find("credential", "bearer_token_param_type", "a token in a query is written to access logs")
     if not config.hide_credentials:
         notes.find("credential", "hide_credentials", "the caller's own token may go upstream as well")
+
+
+def _find_possession(config: PluginConfig, notes: _Notes) -> None:
+    if config.possession.dpop != "off" and not config.possession.origins:
+        notes.find(
+            "credential",
+            "token_exchange.proof_of_possession.origins",
+            "the host that a proof is for is compared with what the caller says in Host; name the origins",
+        )
 
 
 def _find_time(config: PluginConfig, notes: _Notes) -> None:

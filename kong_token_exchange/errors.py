@@ -9,6 +9,8 @@ Every error of the project, in one tree.
         InvalidTokenError            401   invalid_token
           MalformedTokenError  UnsupportedAlgorithmError  KeySelectionError
           UnknownIssuerError  SignatureError  TimestampError  ClaimError  RefusedTokenError
+          PossessionError
+        ProofError                   401   invalid_dpop_proof
         InsufficientScopeError       403   insufficient_scope
         AccessDeniedError            403   access_denied
       GatewayError                         our side or the issuer's: 5xx
@@ -138,6 +140,17 @@ class ClaimError(InvalidTokenError):
 
 class RefusedTokenError(InvalidTokenError):
     """The token endpoint refused the subject token."""
+
+
+class PossessionError(InvalidTokenError):
+    """Nothing shows that who sends the token holds the key that it is bound to."""
+
+
+class ProofError(RejectionError):
+    """The DPoP proof is absent, malformed, of another request, or was used before (RFC 9449 section 7.1)."""
+
+    error = "invalid_dpop_proof"
+    description = "the DPoP proof is not acceptable"
 
 
 class InsufficientScopeError(RejectionError):

@@ -35,11 +35,19 @@ from kong_token_exchange.core.claims import (
 )
 from kong_token_exchange.core.decision import Exchange, Forward, Relation, decide, trusted_issuer
 from kong_token_exchange.core.delegation import check_actors, is_actor, may_act
+from kong_token_exchange.core.dpop import Proof, verify_proof
 from kong_token_exchange.core.jwk import Jwk, select_verification_key
 from kong_token_exchange.core.jws import Jws, check_algorithm, parse_compact, verify_signature
 from kong_token_exchange.core.lifetime import refresh_instant, reuse_deadline
 from kong_token_exchange.core.narrowing import check_same_subject, find_widening
 from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, SubjectTokenIssuer
+from kong_token_exchange.core.possession import (
+    NO_EVIDENCE,
+    Evidence,
+    check_certificate,
+    check_scheme,
+    required_confirmation,
+)
 from kong_token_exchange.errors import (
     AccessDeniedError,
     ClientRefusedError,
@@ -66,6 +74,7 @@ from kong_token_exchange.ports import (
     KeySource,
     Metrics,
     NotInMemoryError,
+    ProofMemory,
     Refresher,
     SharedCache,
     TokenCache,
@@ -167,11 +176,13 @@ class Flow:
         clock: Clock,
         audit: AuditSink,
         metrics: Metrics,
+        proofs: ProofMemory,
         shared: SharedCache | None = None,
         refresher: Refresher | None = None,
         secrets: ClientSecrets | None = None,
     ) -> None:
         self._config = config
+        self._proofs = proofs
         self._sender = sender
         self._keys = keys
         self._cache = cache
@@ -192,7 +203,14 @@ class Flow:
         self._endpoints = {entry.issuer: _endpoints_of(entry) for entry in reversed(config.issuers)}
         self._endpoints[config.target.issuer] = self._target
 
-    def run(self, token: str, *, deadline: float | None, actor_token: str | None = None) -> FlowResult:
+    def run(
+        self,
+        token: str,
+        *,
+        deadline: float | None,
+        actor_token: str | None = None,
+        evidence: Evidence = NO_EVIDENCE,
+    ) -> FlowResult:
         """
         Take one subject token through the pipeline.
 
@@ -200,6 +218,7 @@ class Flow:
             token: The credential, already of b64token form.
             deadline: Monotonic instant by which everything ends; None to use memory alone.
             actor_token: What the actor's header held, already of b64token form.
+            evidence: What came with it to prove possession; read where the configuration asks for it.
 
         Raises:
             NotInMemoryError: *deadline* is None and the network would be needed.
@@ -211,11 +230,17 @@ class Flow:
         try:
             verified, known = self._verified_subject(token, token_key, now=now, deadline=deadline)
             subject = verified.claims
+            proof = self._prove_possession(subject, token, evidence, now=now)
             decision = self._decide(subject)
             if not known:
                 # Only now: a token that is refused anyway must not push out those in use (CACHE-18).
                 self._cache.store_verified(token_key, verified)
+            if deadline is not None:
+                self._use(proof, now=now)
             result = self._act(token, token_key, subject, decision, actor_token, now=now, deadline=deadline)
+            if deadline is None:
+                # Only now: a request that goes on to the pool comes by here once more.
+                self._use(proof, now=now)
         except TokenExchangeError as error:
             self.record_refusal(error, subject=subject)
             raise
@@ -312,7 +337,8 @@ class Flow:
         # An ID token only where the exchange declares one, and never of the target: it could be forwarded.
         id_token = trust.subject_token_type == TOKEN_TYPE_ID_TOKEN and trust.issuer != config.target.issuer
         check_type(claims, typ=verified.typ, accepted=trust.typ, id_token=id_token)
-        check_bearer(claims)
+        if not config.possession:
+            check_bearer(claims)
         check_audience(claims, accepted=trust.audience)
         check_required_claims(claims, required=trust.required_claims)
         check_client(claims, allowed=trust.clients)
@@ -329,6 +355,34 @@ class Flow:
             if self._still_trusted(verified, trust, deadline):
                 return verified, trust, True
         return *self._verify(token, deadline), False
+
+    def _prove_possession(
+        self, subject: Claims, token: str, evidence: Evidence, *, now: float
+    ) -> Proof | None:
+        """Require proof of each key that the token is bound to; a DPoP proof is still to be used up."""
+        policy = self._config.possession
+        if not policy:
+            return None
+        bound = required_confirmation(subject, policy=policy)
+        check_scheme(evidence, bound=bound)
+        if bound.x5t_s256 is not None:
+            check_certificate(evidence, x5t_s256=bound.x5t_s256)
+        if bound.jkt is None:
+            return None
+        return verify_proof(
+            evidence.proof,
+            access_token=token,
+            jkt=bound.jkt,
+            method=evidence.method,
+            path=evidence.path,
+            origins=evidence.origins,
+            now=now,
+            lifetime=policy.proof_lifetime_s,
+        )
+
+    def _use(self, proof: Proof | None, *, now: float) -> None:
+        if proof is not None:
+            self._proofs.use(proof.key, iat=proof.iat, now=now)
 
     def _trust(self, iss: object) -> SubjectTokenIssuer:
         return trusted_issuer(iss, issuers=self._config.issuers, target=self._config.target_rules)

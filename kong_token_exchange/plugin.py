@@ -15,10 +15,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from kong_token_exchange import __version__
 from kong_token_exchange.config import PluginConfig, load_config
+from kong_token_exchange.core.dpop import PROOF_ALGORITHMS
+from kong_token_exchange.core.possession import NO_EVIDENCE, Evidence
+from kong_token_exchange.core.target_uri import request_origin
 from kong_token_exchange.errors import (
     ConfigError,
     ConfigurationInvalidError,
@@ -30,6 +33,7 @@ from kong_token_exchange.flow import Flow, FlowResult
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
 from kong_token_exchange.ports import Clock, NotInMemoryError
 from kong_token_exchange.protocol.bearer import (
+    Challenge,
     ErrorAnswer,
     parse_authorization,
     parse_token,
@@ -150,6 +154,7 @@ class _Credential:
     token: str = field(repr=False)
     actor_token: str | None = field(default=None, repr=False)
     removal: Removal = field(default_factory=Removal, repr=False)
+    scheme: Literal["bearer", "dpop"] = "bearer"
 
 
 class TokenExchangeInstance:
@@ -165,8 +170,11 @@ class TokenExchangeInstance:
         # The headers a client must not have stripped: Kong removes what `Connection` lists after
         # the plugins have run (GW-20).
         self._protected = frozenset({"authorization", config.upstream_header.name.lower()})
-        # An actor token is for the exchange alone: it goes upstream in no case.
-        self._never_upstream = () if config.actor.header_name is None else (config.actor.header_name,)
+        # An actor token is for the exchange alone, and what proves possession for us: they go upstream
+        # in no case.
+        self._never_upstream = _evidence_headers(config)
+        if config.actor.header_name is not None:
+            self._never_upstream += (config.actor.header_name,)
         self._protected |= {name.lower() for name in self._never_upstream}
         self._readers: list[tuple[Fetch, str]] = [
             (Fetch("kong.nginx.get_var", "http_connection"), "connection")
@@ -182,9 +190,13 @@ class TokenExchangeInstance:
             self._readers.append((_header_fetch(config.actor.header_name), "actor"))
         if not config.run_on_preflight:
             self._readers.append((Fetch("kong.request.get_method"), "method"))
+        self._readers += _evidence_readers(config)
+        self._challenges = _challenges(config)
         self._kinds = tuple(kind for _, kind in self._readers)
         # A query or a cookie header differs from request to request: keeping answers for it is waste.
-        self._leases = flow.leases() if {"query", "cookie"}.isdisjoint(self._kinds) else None
+        # With a proof, the very same request must not get the same answer.
+        repeats = {"query", "cookie"}.isdisjoint(self._kinds) and not config.possession
+        self._leases = flow.leases() if repeats else None
 
     @property
     def prefetch(self) -> Sequence[Fetch]:
@@ -242,18 +254,29 @@ class TokenExchangeInstance:
     def _decide(
         self, facts: Mapping[str, str], *, deadline: float | None
     ) -> Answer | tuple[_Credential, FlowResult]:
-        if facts.get("method") == "OPTIONS":
+        if not self._config.run_on_preflight and facts["method"] == "OPTIONS":
             return self._preflight(facts)
         try:
             credential = self._credential(facts)
         except TokenExchangeError as error:
             self._flow.record_refusal(error)
-            return Answer(refusal=render(error))
+            return Answer(refusal=render(error, self._challenges["bearer"]))
         try:
-            result = self._flow.run(credential.token, deadline=deadline, actor_token=credential.actor_token)
+            result = self._run(credential, facts, deadline)
         except TokenExchangeError as error:
-            return Answer(refusal=render(error), alarm=self._alarms.text(error))
+            challenge = self._challenges[credential.scheme]
+            return Answer(refusal=render(error, challenge), alarm=self._alarms.text(error))
         return credential, result
+
+    def _run(self, credential: _Credential, facts: Mapping[str, str], deadline: float | None) -> FlowResult:
+        if not self._config.possession:
+            return self._flow.run(credential.token, deadline=deadline, actor_token=credential.actor_token)
+        return self._flow.run(
+            credential.token,
+            deadline=deadline,
+            actor_token=credential.actor_token,
+            evidence=_evidence(self._config, credential.scheme, facts),
+        )
 
     def _credential(self, facts: Mapping[str, str]) -> _Credential:
         limit = self._config.max_token_size
@@ -262,9 +285,13 @@ class TokenExchangeInstance:
             raise MalformedRequestError(reason="connection_names_credential")
         header = query = cookie = None
         removal = Removal()
+        scheme: Literal["bearer", "dpop"] = "bearer"
         if "header" in facts:
             parse = parse_token if self._config.credential.header_name else parse_authorization
             header = parse(facts["header"], max_length=limit)
+            if header is None and self._config.possession.dpop != "off":
+                scheme = "dpop"
+                header = parse_authorization(facts["header"], max_length=limit, scheme=scheme)
         if "query" in facts:
             query, removal = query_token(facts["query"], max_length=limit)
         if "cookie" in facts:
@@ -273,7 +300,12 @@ class TokenExchangeInstance:
             )
             removal = removal if query is not None else cookie_removal
         token = select_credential((header, query, cookie))
-        return _Credential(token=token, actor_token=self._actor_token(facts), removal=removal)
+        return _Credential(
+            token=token,
+            actor_token=self._actor_token(facts),
+            removal=removal,
+            scheme="bearer" if header is None else scheme,
+        )
 
     def _actor_token(self, facts: Mapping[str, str]) -> str | None:
         name = self._config.actor.header_name
@@ -333,6 +365,63 @@ def _header_fetch(header_name: str | None) -> Fetch:
         return Fetch("kong.request.get_header", "authorization")
     # Two headers of another name are joined by a comma here, and so refused; get_header would give one.
     return Fetch("kong.nginx.get_var", "http_" + header_name.lower().replace("-", "_"))
+
+
+def _challenges(config: PluginConfig) -> Mapping[str, Challenge]:
+    """Return how a refusal asks for credentials, by the scheme that the request used."""
+    dpop, algs = config.possession.dpop, " ".join(PROOF_ALGORITHMS)
+    both: dict[str, tuple[str, ...]] = {"bearer": ("Bearer", "DPoP"), "dpop": ("DPoP", "Bearer")}
+    offered = {"off": ("Bearer",), "strict": ("DPoP",)}
+    return {
+        used: Challenge(schemes=offered.get(dpop, order), algs=algs if dpop != "off" else "")
+        for used, order in both.items()
+    }
+
+
+def _evidence_headers(config: PluginConfig) -> tuple[str, ...]:
+    return ("dpop",) if config.possession.dpop != "off" else ()
+
+
+def _evidence_readers(config: PluginConfig) -> list[tuple[Fetch, str]]:
+    """Return the facts that prove possession; none where nothing is to be proven."""
+    readers: list[tuple[Fetch, str]] = []
+    if config.possession.dpop != "off":
+        readers += [
+            # Several headers are joined by a comma here, and so refused; get_header would give one.
+            (Fetch("kong.nginx.get_var", "http_dpop"), "dpop"),
+            (Fetch("kong.request.get_method"), "method"),
+            (Fetch("kong.request.get_path_with_query"), "path"),
+        ]
+        if not config.possession.origins:
+            readers += [
+                (Fetch("kong.request.get_forwarded_scheme"), "scheme"),
+                (Fetch("kong.request.get_forwarded_host"), "host"),
+                (Fetch("kong.request.get_forwarded_port"), "port"),
+                (Fetch("kong.nginx.get_var", "http_host"), "authority"),
+            ]
+    return readers
+
+
+def _evidence(config: PluginConfig, scheme: Literal["bearer", "dpop"], facts: Mapping[str, str]) -> Evidence:
+    if scheme == "bearer":
+        return NO_EVIDENCE
+    origins = config.possession.origins
+    if not origins:
+        origin = request_origin(
+            scheme=facts["scheme"],
+            host=facts["host"],
+            # Kong's number, as text where kong-pdk fetched it.
+            port=str(facts["port"]),
+            authority=facts["authority"],
+        )
+        origins = frozenset() if origin is None else frozenset({origin})
+    return Evidence(
+        scheme=scheme,
+        proof=facts["dpop"],
+        method=facts["method"],
+        path=facts["path"],
+        origins=origins,
+    )
 
 
 def _clear(*names: str) -> tuple[str, ...]:

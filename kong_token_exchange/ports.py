@@ -218,6 +218,20 @@ class Refresher(Protocol):
         ...
 
 
+class ProofMemory(Protocol):
+    """Which DPoP proofs were used."""
+
+    def use(self, key: bytes, *, iat: float, now: float) -> None:
+        """
+        Take note of a proof; memory only.
+
+        Raises:
+            ProofError: it was used before.
+            IssuerUnavailableError: that cannot be told.
+        """
+        ...
+
+
 class SharedCache(Protocol):
     """A second level that several processes share; nothing that it gives is believed."""
 

@@ -321,6 +321,22 @@ _CHECKS: dict[str, Field] = {
     ),
 }
 
+_POSSESSION: dict[str, Field] = {
+    "proof_of_possession_dpop": _text(
+        "Whether a DPoP proof (RFC 9449) is asked for: `strict` of every request, `optional` for tokens that"
+        " are bound to a key (`cnf.jkt`).",
+        default="off",
+        one_of=("off", "optional", "strict"),
+        difference="With `off` a bound token is refused. No nonce is asked for.",
+    ),
+    "dpop_proof_lifetime": _number(
+        "Seconds that a DPoP proof is good after its `iat`; it is remembered for as long.",
+        default=300,
+        between=(1, 300),
+        difference="At most 300.",
+    ),
+}
+
 _REQUEST: dict[str, Field] = {
     "audience": _texts("The audiences asked for, each sent as one `audience` parameter."),
     "scopes": _texts(
@@ -603,6 +619,18 @@ _BREAKER = _record(
     },
 )
 
+_POSSESSION_FACTS = _record(
+    "What a proof of possession is compared with.",
+    {
+        "origins": _texts(
+            "The origins under which callers reach the API, such as `https://api.example.com`: a DPoP"
+            " proof must be for one of them. Without it the origin is the one that Kong sees, and the host in"
+            " it is the caller's own word.",
+            len_min=1,
+        ),
+    },
+)
+
 _TOKEN_EXCHANGE = _record(
     "Which tokens are exchanged, how the target issuer is asked, and what must come back.",
     {
@@ -644,6 +672,7 @@ _TOKEN_EXCHANGE = _record(
             between=(256, 65536),
         ),
         "actor": _ACTOR,
+        "proof_of_possession": _POSSESSION_FACTS,
         "retry": _RETRY,
         "breaker": _BREAKER,
     },
@@ -859,9 +888,6 @@ _LATER: dict[str, Field] = {
             "metadata_endpoint": _text("The path of the metadata document."),
         },
     ),
-    "proof_of_possession_dpop": _text(
-        "Demand proof of possession by DPoP.", default="off", one_of=("off", "optional", "strict")
-    ),
     "proof_of_possession_mtls": _text(
         "Demand proof of possession by mTLS.", default="off", one_of=("off", "optional", "strict")
     ),
@@ -889,7 +915,6 @@ _LATER: dict[str, Field] = {
             "ssl_verify": _flag("Verify the certificate of the OCSP or CRL server.", default=True),
         },
     ),
-    "dpop_proof_lifetime": _number("Seconds that a DPoP proof is valid.", default=300),
     "discovery_headers_names": _texts("Names of extra headers of the discovery request."),
     "discovery_headers_values": _texts("Values paired by position with `discovery_headers_names`."),
     "issuers_allowed": _texts("The issuers allowed in tokens.", referenceable=True),
@@ -901,6 +926,7 @@ SECTIONS: dict[str, dict[str, Field]] = {
     "The gateway as a client": _CLIENT,
     "The caller's credential and the upstream header": _CREDENTIAL,
     "Checks": _CHECKS,
+    "Proof of possession": _POSSESSION,
     "The token request": _REQUEST,
     "Transport and cache": _TRANSPORT,
     "Additions at top level": _OWN,

@@ -30,6 +30,7 @@ from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.exchange_client import ExchangeSender
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
+from kong_token_exchange.shell.proof_memory import SharedProofMemory
 from kong_token_exchange.shell.refresher import BackgroundRefresher
 from kong_token_exchange.shell.secret_file import SecretFile
 from kong_token_exchange.shell.token_cache import MemoryTokenCache
@@ -42,12 +43,18 @@ class Shells:
     Args:
         ca_file: Default for configurations without a `ca_file` of their own.
         resolve: `host:port` to (address, port), for trying and testing.
+        proofs: The memory that the workers of one server share, made before they were forked.
     """
 
     def __init__(
-        self, *, ca_file: str | None = None, resolve: Mapping[str, tuple[str, int]] | None = None
+        self,
+        *,
+        ca_file: str | None = None,
+        resolve: Mapping[str, tuple[str, int]] | None = None,
+        proofs: SharedProofMemory | None = None,
     ) -> None:
         self.clock = SystemClock()
+        self.proofs = proofs or SharedProofMemory(now=self.clock.now())
         self.metrics = CountingMetrics()
         self.audit = AuditLog(self.clock)
         self.cache = MemoryTokenCache(self.clock, metrics=self.metrics)
@@ -95,6 +102,7 @@ class Shells:
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            proofs=self.proofs,
             refresher=self.refresher,
             secrets=secrets,
         )

@@ -9,6 +9,7 @@ Source: RFC 7517; RFC 7518 section 6; RFC 8037; docs/threats.md KEY rows.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -148,6 +149,42 @@ def key_fits_algorithm(key: Jwk, alg: str) -> bool:
     """Tell whether a key may verify this algorithm: kty, crv and the key's own `alg`."""
     kty, curves = KEY_OF_ALGORITHM.get(alg, ("", ()))
     return key.kty == kty and key.crv in curves and key.alg in (None, alg)
+
+
+def parse_public_jwk(member: Json) -> Jwk | None:
+    """
+    Read one public key that stands alone; None where a key set would drop it.
+
+    Symmetric, private, weak and malformed keys are dropped there, and keys for another use.
+    """
+    try:
+        return _parse_jwk(member)
+    except _DroppedKeyError:
+        return None
+
+
+# The members that RFC 7638 section 3.2 and RFC 8037 section 2 hash, in the order of their names.
+_THUMBPRINT_MEMBERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "RSA": ("e", "kty", "n"),
+    "EC": ("crv", "kty", "x", "y"),
+    "OKP": ("crv", "kty", "x"),
+}
+
+
+def thumbprint(member: Json) -> str | None:
+    """
+    Return the SHA-256 thumbprint of a key, base64url; None for what is no public key by its members.
+
+    Source: RFC 7638 section 3; RFC 9449 section 6.1 (`jkt`).
+    """
+    if not isinstance(member, dict):
+        return None
+    names = _THUMBPRINT_MEMBERS.get(str(member.get("kty")), ())
+    material = {name: member.get(name) for name in names}
+    if not names or not all(isinstance(value, str) for value in material.values()):
+        return None
+    canonical = json.dumps(material, separators=(",", ":")).encode("ascii")
+    return base64.urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode("ascii")
 
 
 def _parse_jwk(member: Json) -> Jwk:

@@ -71,6 +71,18 @@ def parse_compact(token: str, *, max_bytes: int) -> Jws:
 
     Source: RFC 7515 sections 4 and 7.1.
     """
+    return read_compact(token, max_bytes=max_bytes)[0]
+
+
+def read_compact(token: str, *, max_bytes: int) -> tuple[Jws, Mapping[str, Json]]:
+    """
+    Decode as `parse_compact` does, and return the header's members too.
+
+    For a DPoP proof, whose header brings its key; no token's header is read for one.
+
+    Raises:
+        MalformedTokenError: as `parse_compact`.
+    """
     if len(token) > max_bytes:
         raise MalformedTokenError(reason="token_too_long")
     dots = token.count(".")
@@ -84,7 +96,7 @@ def parse_compact(token: str, *, max_bytes: int) -> Jws:
         raise MalformedTokenError(reason="jws_signature_empty")
     if not _REFUSED_MEMBERS.isdisjoint(header):
         raise MalformedTokenError(reason="jws_header_unsupported")
-    return Jws(
+    jws = Jws(
         alg=_text_member(header, "alg", required=True) or "",
         kid=_kid(header),
         typ=_text_member(header, "typ"),
@@ -92,6 +104,7 @@ def parse_compact(token: str, *, max_bytes: int) -> Jws:
         signing_input=f"{head}.{body}".encode("ascii"),
         signature=signature,
     )
+    return jws, header
 
 
 def decode_base64url(text: str) -> bytes:

@@ -83,6 +83,29 @@ class ResultPolicy:
     same_subject: Literal["sub", "off"] | tuple[ClaimPair, ...] | None = None
 
 
+PossessionMode = Literal["off", "optional", "strict"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PossessionPolicy:
+    """
+    How a token's holder proves the key that the token is bound to; all off refuses every bound token.
+
+    With `strict` each token is bound and proven so; with `optional` each that is bound so.
+    `proof_lifetime_s` is how old a DPoP proof may be. `origins` are those that callers use, each
+    `scheme://host:port` in lower case; empty for the one that Kong sees.
+    """
+
+    dpop: PossessionMode = "off"
+    mtls: PossessionMode = "off"
+    proof_lifetime_s: float = 300.0
+    origins: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        """Tell whether any proof is accepted."""
+        return self.dpop != "off" or self.mtls != "off"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPolicy:
     """

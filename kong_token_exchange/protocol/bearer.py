@@ -40,39 +40,40 @@ def is_b64token(text: str) -> bool:
     return _B64TOKEN.fullmatch(text) is not None
 
 
-def parse_authorization(value: str, *, max_length: int) -> str | None:
+def parse_authorization(value: str, *, max_length: int, scheme: str = "bearer") -> str | None:
     """
     Read the token of an `Authorization` header.
 
     The scheme is compared without case and may be followed by several spaces, not by a tab.
-    `Bearer` with nothing after it is malformed, not absent. An unknown scheme is never stripped,
+    The scheme with nothing after it is malformed, not absent. An unknown scheme is never stripped,
     and a bare token is none.
 
     Args:
         value: The header as it came; bytes that are not UTF-8 as lone surrogates.
         max_length: Longest token, in characters.
+        scheme: `bearer` or `dpop`.
 
     Returns:
-        The token, or None when no bearer credential is offered (absent, or another scheme).
+        The token, or None when no such credential is offered (absent, or another scheme).
 
     Raises:
-        MalformedRequestError: the header holds bytes no credential has, or `Bearer` is not
+        MalformedRequestError: the header holds bytes no credential has, or the scheme is not
             followed by one b64token within the length.
 
-    Source: RFC 6750 section 2.1; RFC 9110 section 11.4 (`1*SP` after the scheme).
+    Source: RFC 6750 section 2.1; RFC 9449 section 7.1; RFC 9110 section 11.4 (`1*SP` after the scheme).
     """
     if not value:
         return None
     # The length first: "Bearer" and a few spaces on top of the token. A long credential of another
     # scheme (Kerberos) is not ours to judge.
     if len(value) > max_length + 16:
-        if value[:6].lower() != "bearer":
+        if value[: len(scheme)].lower() != scheme:
             return None
         raise MalformedRequestError(reason="credential_too_long")
     if _NOT_VISIBLE_ASCII.search(value):
         raise MalformedRequestError(reason="credential_bytes")
-    scheme, _, rest = value.partition(" ")
-    if scheme.lower() != "bearer":
+    offered, _, rest = value.partition(" ")
+    if offered.lower() != scheme:
         return None
     return _token(rest.lstrip(" "), max_length)
 
@@ -132,7 +133,26 @@ class ErrorAnswer:
     body: bytes = b""
 
 
-def render(error: BaseException) -> ErrorAnswer:
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """
+    How a configuration asks for credentials; the first scheme is told the error.
+
+    `algs` are for proofs; `resource_metadata` and `scope` (for 401) come from the configuration.
+
+    Source: RFC 6750 section 3; RFC 9449 section 7.1; RFC 9728 section 5.1.
+    """
+
+    schemes: tuple[str, ...] = ("Bearer",)
+    algs: str = ""
+    resource_metadata: str = ""
+    scope: str = ""
+
+
+BEARER = Challenge()
+
+
+def render(error: BaseException, challenge: Challenge = BEARER) -> ErrorAnswer:
     """
     Turn any error into the answer for the caller.
 
@@ -141,18 +161,18 @@ def render(error: BaseException) -> ErrorAnswer:
     Source: RFC 6750 section 3; RFC 9111 section 5.2.2.5 (`no-store`); docs/errors.md.
     """
     if not isinstance(error, TokenExchangeError):
-        return _answer(GatewayError, "", 0)
+        return _answer(GatewayError, "", 0, BEARER)
     scope = error.scope if isinstance(error, InsufficientScopeError) else ""
     retry_after = error.retry_after if isinstance(error, IssuerUnavailableError) else 0
     scope = scope if _SCOPE_TOKEN.fullmatch(scope) else ""
-    return _answer(type(error), scope, retry_after)  # type: ignore[arg-type] # an exception class is hashable
+    return _answer(type(error), scope, retry_after, challenge)  # type: ignore[arg-type] # an exception class is hashable
 
 
-# Bounded: classes times the scopes and waits that configuration and bounds allow.
+# Bounded: classes times the scopes, waits and challenges that configuration and bounds allow.
 @lru_cache(maxsize=512)
-def _answer(kind: type[TokenExchangeError], scope: str, retry_after: int) -> ErrorAnswer:
+def _answer(kind: type[TokenExchangeError], scope: str, retry_after: int, asked: Challenge) -> ErrorAnswer:
     headers = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-store"}
-    challenge = _challenge(kind, scope)
+    challenge = _challenge(kind, scope, asked)
     if challenge:
         headers["WWW-Authenticate"] = challenge
     if retry_after:
@@ -166,13 +186,24 @@ def _answer(kind: type[TokenExchangeError], scope: str, retry_after: int) -> Err
     )
 
 
-def _challenge(kind: type[TokenExchangeError], scope: str) -> str:
+# `access_denied` is no code of RFC 6750 or RFC 9449; it stands in the body alone.
+_CHALLENGE_ERRORS = ("invalid_request", "invalid_token", "insufficient_scope", "invalid_dpop_proof")
+
+
+def _challenge(kind: type[TokenExchangeError], scope: str, asked: Challenge) -> str:
     if kind.status >= 500:
         return ""
-    parts = [f'Bearer realm="{REALM}"']
-    # `access_denied` is no RFC 6750 code; it stands in the body alone.
-    if kind.error in ("invalid_request", "invalid_token", "insufficient_scope"):
-        parts += [f'error="{kind.error}"', f'error_description="{kind.description}"']
-    if scope:
-        parts.append(f'scope="{scope}"')
-    return ", ".join(parts)
+    scope = scope or (asked.scope if kind.status == 401 else "")
+    challenges = []
+    for scheme in asked.schemes:
+        parts = [f'{scheme} realm="{REALM}"']
+        if scheme == asked.schemes[0] and kind.error in _CHALLENGE_ERRORS:
+            parts += [f'error="{kind.error}"', f'error_description="{kind.description}"']
+        if scope:
+            parts.append(f'scope="{scope}"')
+        if scheme == "DPoP":
+            parts.append(f'algs="{asked.algs}"')
+        if asked.resource_metadata:
+            parts.append(f'resource_metadata="{asked.resource_metadata}"')
+        challenges.append(", ".join(parts))
+    return ", ".join(challenges)

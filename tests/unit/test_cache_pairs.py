@@ -82,6 +82,15 @@ FIELDS: dict[str, tuple[Changes, Changes]] = {
     "audience_claim": ({}, {"audience_claim": ["audience"]}),
     "scopes_claim": ({}, {"scopes_claim": ["scp"]}),
     "leeway": ({}, {"leeway": 1}),
+    "proof_of_possession_dpop": ({}, {"proof_of_possession_dpop": "optional"}),
+    "dpop_proof_lifetime": ({}, {"dpop_proof_lifetime": 60}),
+    "token_exchange.proof_of_possession.origins": (
+        {"proof_of_possession_dpop": "optional"},
+        {
+            "proof_of_possession_dpop": "optional",
+            "token_exchange.proof_of_possession.origins": ["https://api.test"],
+        },
+    ),
     "audience": ({}, {"audience": ["orders"]}),
     "scopes": ({}, {"scopes": ["write"]}),
     "token_post_args_names": (

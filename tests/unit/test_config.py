@@ -1219,3 +1219,67 @@ def test_entries_of_the_target_may_name_the_same_algorithms_in_another_order() -
     ]
 
     assert set(load({ENTRY: entries}).target_rules.algorithms) == {"RS256", "ES256"}
+
+
+# --- proof of possession --------------------------------------------------------------
+
+POSSESSION = "token_exchange.proof_of_possession"
+
+
+def test_no_proof_of_possession_is_accepted_unless_configured() -> None:
+    assert not load().possession
+    assert (load().possession.proof_lifetime_s, load().possession.origins) == (300.0, frozenset())
+
+
+def test_dpop_with_its_origins() -> None:
+    changes: dict[str, object] = {
+        "proof_of_possession_dpop": "strict",
+        "dpop_proof_lifetime": 60,
+        f"{POSSESSION}.origins": ["https://API.example.com", "http://localhost:8000/"],
+    }
+    possession = load(changes).possession
+
+    assert (possession.dpop, possession.mtls, possession.proof_lifetime_s) == ("strict", "off", 60.0)
+    assert possession.origins == {"https://api.example.com:443", "http://localhost:8000"}
+
+
+def test_an_origin_that_only_the_caller_states_is_a_finding() -> None:
+    def paths(config: PluginConfig) -> set[str]:
+        return {finding.path for finding in config.findings}
+
+    changes: dict[str, object] = {"proof_of_possession_dpop": "optional"}
+    assert f"{POSSESSION}.origins" in paths(load(changes))
+    assert f"{POSSESSION}.origins" not in paths(
+        load({**changes, f"{POSSESSION}.origins": ["https://a.test"]})
+    )
+    assert f"{POSSESSION}.origins" not in paths(load())
+
+
+DPOP = {"proof_of_possession_dpop": "optional"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"proof_of_possession_dpop": "always"}, "proof_of_possession_dpop"),
+        ({"dpop_proof_lifetime": 301}, "dpop_proof_lifetime"),
+        ({"dpop_proof_lifetime": 0}, "dpop_proof_lifetime"),
+        ({f"{POSSESSION}.origins": ["https://a.test"]}, f"{POSSESSION}.origins"),
+        ({**DPOP, f"{POSSESSION}.origins": []}, f"{POSSESSION}.origins"),
+        *(
+            ({**DPOP, f"{POSSESSION}.origins": ["https://a.test", bad]}, f"{POSSESSION}.origins[1]")
+            for bad in (
+                "a.test",
+                "https://a.test/orders",
+                "https://a.test?x",
+                "https://a.test/#",
+                "ws://a.test",
+            )
+        ),
+        ({**DPOP, "bearer_token_param_type": ["query"]}, "proof_of_possession_dpop"),
+        ({**DPOP, "bearer_token_header_name": "x-token"}, "proof_of_possession_dpop"),
+        ({**DPOP, "upstream_access_token_header": "DPoP"}, "upstream_access_token_header"),
+    ],
+)
+def test_proofs_that_could_not_be_judged_do_not_load(changes: dict[str, object], path: str) -> None:
+    assert refuse(changes).path == path

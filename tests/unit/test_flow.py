@@ -16,6 +16,7 @@ from kong_token_exchange.config import PluginConfig, load_config
 from kong_token_exchange.core.cache_key import digest_fields
 from kong_token_exchange.core.claims import parse_claims
 from kong_token_exchange.core.jwk import parse_jwk_set
+from kong_token_exchange.core.possession import NO_EVIDENCE, Evidence
 from kong_token_exchange.errors import (
     AccessDeniedError,
     ClientRefusedError,
@@ -33,6 +34,7 @@ from kong_token_exchange.protocol.bearer import render
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.shell.audit_log import AuditLog
 from kong_token_exchange.shell.clock import SystemClock
+from kong_token_exchange.shell.proof_memory import SharedProofMemory
 from kong_token_exchange.shell.token_cache import MemoryTokenCache
 from tests.support.fakes import (
     ACCESS_TOKEN_TYPE,
@@ -116,6 +118,7 @@ class Bench:
         self.cache = cache or MemoryTokenCache(self.clock)
         self.audit = FakeAudit()
         self.metrics = FakeMetrics()
+        self.proofs = SharedProofMemory(now=0.0)
         self.flow = Flow(
             self.config,
             sender=self.sender,
@@ -124,11 +127,13 @@ class Bench:
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            proofs=self.proofs,
             refresher=refresher,
         )
 
-    def run(self, token: str, *, within: float | None = 5.0) -> FlowResult:
-        return self.flow.run(token, deadline=None if within is None else self.clock.monotonic() + within)
+    def run(self, token: str, *, within: float | None = 5.0, evidence: Evidence = NO_EVIDENCE) -> FlowResult:
+        deadline = None if within is None else self.clock.monotonic() + within
+        return self.flow.run(token, deadline=deadline, evidence=evidence)
 
     def token(self, token: str, *, within: float | None = 5.0) -> str:
         """Return the exchanged token."""

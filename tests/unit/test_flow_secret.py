@@ -51,6 +51,7 @@ class Rotating(Bench):
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            proofs=self.proofs,
             secrets=SecretFile(str(self.path), self.clock),
         )
 

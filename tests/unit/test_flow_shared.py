@@ -53,6 +53,7 @@ class Node(Bench):
             clock=self.clock,
             audit=self.audit,
             metrics=self.metrics,
+            proofs=self.proofs,
             shared=shared,
         )
 

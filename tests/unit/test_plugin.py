@@ -9,6 +9,7 @@ import pytest
 
 from kong_token_exchange.config import PluginConfig
 from kong_token_exchange.core.claims import Claims
+from kong_token_exchange.core.possession import NO_EVIDENCE, Evidence
 from kong_token_exchange.errors import (
     ClientRefusedError,
     ConfigError,
@@ -64,12 +65,21 @@ class FakeFlow:
         self.answer = answer
         self.tokens: list[str] = []
         self.actor_tokens: list[str | None] = []
+        self.evidence: list[Evidence] = []
         self.deadlines: list[float | None] = []
         self.refusals: list[TokenExchangeError] = []
 
-    def run(self, token: str, *, deadline: float | None, actor_token: str | None = None) -> FlowResult:
+    def run(
+        self,
+        token: str,
+        *,
+        deadline: float | None,
+        actor_token: str | None = None,
+        evidence: Evidence = NO_EVIDENCE,
+    ) -> FlowResult:
         self.tokens.append(token)
         self.actor_tokens.append(actor_token)
+        self.evidence.append(evidence)
         self.deadlines.append(deadline)
         return self.answer(deadline)
 

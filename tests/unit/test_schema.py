@@ -43,6 +43,7 @@ OURS_ALONE = {
         "cache_ttl_max",
         "cache_ttl_neg",
         "token_exchange.cache.ttl",
+        "dpop_proof_lifetime",
     )
 }
 

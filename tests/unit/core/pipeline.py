@@ -38,6 +38,7 @@ MAX_TOKEN = 16 * 1024
 BARE = 'Bearer realm="kong"'
 INVALID_REQUEST = f'{BARE}, error="invalid_request", error_description="the bearer credential is malformed"'
 INVALID_TOKEN = f'{BARE}, error="invalid_token", error_description="the token is not acceptable"'
+INVALID_PROOF = f'{BARE}, error="invalid_dpop_proof", error_description="the DPoP proof is not acceptable"'
 INSUFFICIENT_SCOPE = (
     f'{BARE}, error="insufficient_scope", error_description="the token lacks a required scope"'
 )

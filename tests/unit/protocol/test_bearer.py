@@ -24,7 +24,14 @@ from kong_token_exchange.protocol.bearer import (
     render,
     select_credential,
 )
-from tests.unit.core.pipeline import BARE, INSUFFICIENT_SCOPE, INVALID_REQUEST, INVALID_TOKEN, refused
+from tests.unit.core.pipeline import (
+    BARE,
+    INSUFFICIENT_SCOPE,
+    INVALID_PROOF,
+    INVALID_REQUEST,
+    INVALID_TOKEN,
+    refused,
+)
 
 TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJhIn0.c2ln"
 MAX = 8192
@@ -246,11 +253,12 @@ ANSWERS: dict[str, tuple[int, str, str | None]] = {
     "MissingTokenError": (401, "unauthorized", BARE),
     "MalformedRequestError": (400, "invalid_request", INVALID_REQUEST),
     **dict.fromkeys(
-        (*INVALID, "InvalidTokenError", "SignatureError", "RefusedTokenError"),
+        (*INVALID, "InvalidTokenError", "SignatureError", "RefusedTokenError", "PossessionError"),
         (401, "invalid_token", INVALID_TOKEN),
     ),
     "TimestampError": (401, "invalid_token", INVALID_TOKEN),
     "ClaimError": (401, "invalid_token", INVALID_TOKEN),
+    "ProofError": (401, "invalid_dpop_proof", INVALID_PROOF),
     "InsufficientScopeError": (403, "insufficient_scope", INSUFFICIENT_SCOPE),
     "AccessDeniedError": (403, "access_denied", BARE),
     "ClientRefusedError": (500, "server_error", None),
