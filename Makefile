@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast bench bench-miss chaos soak up down check lint types imports generated fmt clean
+.PHONY: setup demo test test-fast bench bench-miss chaos soak fuzz up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -35,6 +35,11 @@ bench-miss: $(READY)
 # Faults under real traffic, about 10 minutes; at full length: make chaos LONG=1
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos $(if $(LONG),--long) --report docs/resilience.md
+
+# Made-up input for every reader of outside bytes, and 10,000 mutated tokens: make fuzz [FUZZ_SECONDS=60]
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 # Kong, the sidecar, Keycloak and the rest as containers: docker/README.md
 up:
