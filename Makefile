@@ -25,8 +25,9 @@ test-fast: $(READY)
 	$(BIN)/pytest tests/unit tests/protocol
 
 # Ratios against kong-pdk and a server in C, in one run: make bench [JSON=path]
+# With RECORD=path every round is kept, too; docs/performance.md is written from that.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.bench $(if $(JSON),--json $(JSON))
+	$(BIN)/python -m benchmarks.bench $(if $(JSON),--json $(JSON)) $(if $(RECORD),--record $(RECORD))
 
 # CPU and time of an exchange, by its parts and by HTTP client: make bench-miss [JSON=path]
 bench-miss: $(READY)

@@ -35,6 +35,9 @@ def start_contenders(arena: Arena, names: Sequence[str] | None = None) -> list[C
         "ours_unpipelined": lambda: [
             Contender(name="ours_unpipelined", server=arena.start("ours_unpipelined"), tokens=arena.tokens)
         ],
+        "ours_2": lambda: [
+            Contender(name="ours_2", server=arena.start("ours", "--workers", "2"), tokens=arena.tokens)
+        ],
         "ours_plugin_warm": lambda: list(arena.token_exchange()),
         "kong_pdk_threads": lambda: [
             Contender(
@@ -68,6 +71,19 @@ def compare(
         rounds=rounds,
         progress=lambda text: _say(f"{mode}: {text}"),
     )
+
+
+def by_name(found: report.Found) -> dict[str, Series]:
+    """
+    Return what `--json` holds: one row a contender.
+
+    That is its row on one core; of two workers, which are for two cores, the other one, and
+    `ours_unpinned` beside it to compare with. Under Kong there is one only.
+    """
+    rows = {**found.pinned, **found.kong}
+    if found.unpinned:
+        rows |= {"ours_2": found.unpinned["ours_2"], "ours_unpinned": found.unpinned["ours"]}
+    return rows
 
 
 def as_json(series: Mapping[str, Series]) -> dict[str, dict[str, float]]:
@@ -106,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.text(recorded))
     print(f"\n{time.monotonic() - started:.0f} s")
     if options.json is not None:
-        _write(options.json, as_json({**found.pinned, **found.kong}))
+        _write(options.json, as_json(by_name(found)))
     if options.record is not None:
         _write(options.record, recorded)
     return 0

@@ -16,7 +16,6 @@ from pathlib import Path
 from benchmarks.arena import SOCKETS, Arena, Contender, Run, Series, alternate, make_header, write_tokens
 from benchmarks.machine import peak_resident_bytes, resident_bytes
 from benchmarks.plugins import POOL_SLOW, SLOW_S
-from benchmarks.servers import can_have_workers
 
 # Kong pools up to 256 connections for each of its workers: eight workers.
 OPEN_SOCKETS = 2000
@@ -43,14 +42,12 @@ class Extra:
 
 def measure(arena: Arena, *, progress: Callable[[str], None]) -> list[Extra]:
     """Measure all of them."""
-    extras = [
+    return [
         two_cores(arena, progress=progress),
         idle_connections(arena, progress=progress),
         waiting_events(arena, progress=progress),
+        two_workers(arena, progress=progress),
     ]
-    if can_have_workers():
-        extras.append(two_workers(arena, progress=progress))
-    return extras
 
 
 def two_cores(arena: Arena, *, progress: Callable[[str], None]) -> Extra:

@@ -27,7 +27,6 @@ from benchmarks.arena import Arena, Run, Series, Server, alternate
 from benchmarks.machine import Watch, cpu_seconds, prefer_session, process_tree, set_affinity
 from benchmarks.native import Result
 from benchmarks.plugins import HeaderSwapPlugin
-from benchmarks.servers import can_have_workers
 
 CONNECTIONS = 32
 _RUN_S = 2.0
@@ -40,7 +39,7 @@ _PROTOCOLS = {
     "kong_pdk_threads": "mp",
     "kong_pdk_gevent": "mp",
     "kong_ours_1": "pb",
-    "kong_ours_n": "pb",
+    "kong_ours_2": "pb",
 }
 
 # Reads the token file once and does in Lua what the plugins do. `untrusted_lua = on` lets it read.
@@ -139,15 +138,13 @@ def measure(
 
 
 def _start_servers(arena: Arena) -> dict[str, Server]:
-    servers = {
+    return {
         "kong_c_floor": arena.start_floor(),
         "kong_pdk_threads": arena.start("stock", "--name", _plugin_name("kong_pdk_threads")),
         "kong_pdk_gevent": arena.start("stock", "--name", _plugin_name("kong_pdk_gevent"), "--gevent"),
         "kong_ours_1": arena.start("ours"),
+        "kong_ours_2": arena.start("ours", "--workers", "2"),
     }
-    if can_have_workers():
-        servers["kong_ours_n"] = arena.start("ours", "--workers", "2")
-    return servers
 
 
 class _Wrk:

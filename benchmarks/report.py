@@ -213,6 +213,7 @@ def _kong_targets(found: Found) -> list[Target]:
         Target(
             "Kong, requests/s, ours : kong-pdk gevent", ours.ratio(found.kong["kong_pdk_gevent"], rate), 1.8
         ),
+        Target("Kong, requests/s, two workers : one", found.kong["kong_ours_2"].ratio(ours, rate), 0.9),
         Target("Kong, added p50 at one connection, ours : kong-pdk gevent", latency, 0.6, at_least=False),
     ]
 

@@ -12,7 +12,6 @@ All take `--socket PATH`.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,10 @@ from typing import Any
 from benchmarks.plugins import NAME, HeaderSwapPlugin, StockHeaderSwap
 from kong_token_exchange.pluginserver import loop as loop_module
 from kong_token_exchange.pluginserver.connection import Connection
-from kong_token_exchange.pluginserver.contract import Outcome
-from kong_token_exchange.pluginserver.server import serve
+from kong_token_exchange.pluginserver.contract import Outcome, PluginType
+from kong_token_exchange.pluginserver.supervisor import serve_workers
 from kong_token_exchange.pluginserver.wire import EMPTY_FRAME
 from kong_token_exchange.ports import AuditEvent
-
-
-def can_have_workers() -> bool:
-    """Tell whether `serve` takes a number of worker processes."""
-    return "workers" in inspect.signature(serve).parameters
 
 
 class UnpipelinedConnection(Connection):
@@ -74,19 +68,20 @@ class Silence:
         """Record nothing."""
 
 
-def _serve(options: argparse.Namespace, plugin: Any) -> int:
-    workers = {"workers": options.workers} if can_have_workers() else {}
-    return serve(plugin, socket_path=options.socket, threads=options.threads, **workers)
+def _serve(options: argparse.Namespace, make_plugin: Callable[[], PluginType]) -> int:
+    return serve_workers(
+        make_plugin, workers=options.workers, socket_path=options.socket, threads=options.threads
+    )
 
 
 def _ours(options: argparse.Namespace) -> int:
-    return _serve(options, HeaderSwapPlugin())
+    return _serve(options, HeaderSwapPlugin)
 
 
 def _ours_unpipelined(options: argparse.Namespace) -> int:
     # What `Loop.adopt` makes for each socket.
     vars(loop_module)["Connection"] = UnpipelinedConnection
-    return _serve(options, HeaderSwapPlugin())
+    return _serve(options, HeaderSwapPlugin)
 
 
 def _plugin(options: argparse.Namespace) -> int:
@@ -94,10 +89,14 @@ def _plugin(options: argparse.Namespace) -> int:
 
     name, _, address = options.resolve.partition("=")
     host, _, port = address.rpartition(":")
-    shells = Shells(resolve={name: (host, int(port))})
-    if options.silent:
-        shells.metrics = shells.audit = Silence()  # type: ignore[assignment] # both Protocols, none of the classes
-    return _serve(options, shells.make_plugin())
+
+    def make_plugin() -> PluginType:
+        shells = Shells(resolve={name: (host, int(port))})
+        if options.silent:
+            shells.metrics = shells.audit = Silence()  # type: ignore[assignment] # both Protocols, none of the classes
+        return shells.make_plugin()
+
+    return _serve(options, make_plugin)
 
 
 def _stock(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from benchmarks.native import PROGRAMS, find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: cc")
 
-SERVERS = ("ours", "ours_unpipelined", "kong_pdk_threads", "kong_pdk_gevent", "c_floor")
+SERVERS = ("ours", "ours_unpipelined", "ours_2", "kong_pdk_threads", "kong_pdk_gevent", "c_floor")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,20 @@ def test_a_short_round_gives_plausible_figures(name: str, round_of_each: dict[st
     assert figures["events_per_s"] > 100
     assert 0.1 < figures["cpu_us_per_event"] < 1e6 / figures["events_per_s"] * 2
     assert 0 < figures["p50_us"] <= figures["p99_us"]
+
+
+def test_row_of_two_workers_is_the_one_on_two_cores() -> None:
+    pinned, unpinned, kong = ({name: bench.Series() for name in ("ours", "ours_2")} for _ in range(3))
+    found = report.Found(
+        machine={}, rounds=1, pinned=pinned, unpinned=unpinned, kong={"kong_ours_2": kong["ours"]}
+    )
+    rows = bench.by_name(found)
+
+    assert {"ours", "ours_2", "ours_unpinned", "kong_ours_2"} == set(rows)
+    assert rows["ours"] is pinned["ours"]
+    assert rows["ours_2"] is unpinned["ours_2"]
+    assert rows["ours_unpinned"] is unpinned["ours"]
+    assert {"ours", "ours_2"} == set(bench.by_name(report.Found(machine={}, rounds=1, pinned=pinned)))
 
 
 def test_each_event_of_the_workload_is_one_get_and_one_set(round_of_each: dict[str, bench.Series]) -> None:
