@@ -176,6 +176,10 @@ class TokenExchangeInstance:
         if config.actor.header_name is not None:
             self._never_upstream += (config.actor.header_name,)
         self._protected |= {name.lower() for name in self._never_upstream}
+        if config.hide_credentials:
+            # Where the credential has a header of its own, nobody has looked at this one: beside the
+            # token that was judged, an upstream might believe it.
+            self._never_upstream += ("authorization",)
         self._readers: list[tuple[Fetch, str]] = [
             (Fetch("kong.nginx.get_var", "http_connection"), "connection")
         ]

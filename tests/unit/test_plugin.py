@@ -353,6 +353,28 @@ def test_hdr_22_out_01_another_upstream_header_empties_the_first_place_and_look_
     ] == names
 
 
+@pytest.mark.parametrize("answer", [exchanged, forwarded])
+@pytest.mark.parametrize("hide", [True, False])
+def test_out_20_an_authorization_that_nobody_read_does_not_go_upstream(
+    answer: Callable[[float | None], FlowResult], hide: bool
+) -> None:
+    own: dict[str, Any] = {"bearer_token_header_name": "X-User", "upstream_access_token_header": "X-Token"}
+    instance, _ = start(answer, hide_credentials=hide, run_on_preflight=False, **own)
+
+    for request in ({"header": "a.b.c"}, {"method": "OPTIONS"}):
+        calls = read_calls(warm(instance, **request))
+        assert hide == (("kong.service.request.clear_header", "authorization") in calls)
+
+
+def test_the_header_that_is_set_is_not_cleared_first() -> None:
+    instance, _ = start(bearer_token_header_name="X-User")
+
+    calls = read_calls(warm(instance, header="a.b.c"))
+
+    assert ("kong.service.request.clear_header", "authorization") not in calls
+    assert ("kong.service.request.set_header", ("authorization", "Bearer ex.chan.ged")) in calls
+
+
 @pytest.mark.parametrize("name", ["X-My-Token", "x-my-token"])
 def test_out_02_every_spelling_of_a_custom_header_is_cleared(name: str) -> None:
     instance, _ = start(bearer_token_header_name=name)
