@@ -161,6 +161,7 @@ class PluginConfig:
     run_on_preflight: bool
     audience_required: tuple[frozenset[str], ...]
     scopes_required: tuple[frozenset[str], ...]
+    claims_forbidden: tuple[str, ...]
     audience_claim: tuple[str, ...]
     scopes_claim: tuple[str, ...]
     possession: PossessionPolicy
@@ -427,6 +428,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         run_on_preflight=members["run_on_preflight"],
         audience_required=_build_alternatives(members, "audience_required"),
         scopes_required=_build_alternatives(members, "scopes_required"),
+        claims_forbidden=tuple(members["claims_forbidden"] or ()),
         audience_claim=tuple(members["audience_claim"]),
         scopes_claim=tuple(members["scopes_claim"]),
         possession=_build_possession(members, exchange["proof_of_possession"]),
@@ -441,8 +443,10 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         flow=_build_flow(exchange["flow"]),
         actor=_build_actor(exchange, credential, (*issuers, target_rules), notes),
     )
-    if config.result.validation == "none" and config.audience_required:
-        raise ConfigError("audience_required", "cannot be proven with token_exchange.result.validation none")
+    if config.result.validation == "none":
+        for name in ("audience_required", "claims_forbidden"):
+            if members[name]:
+                raise ConfigError(name, "cannot be proven with token_exchange.result.validation none")
     _warn_of_unsafe(config, notes)
     for find in (
         _find_forwarding,

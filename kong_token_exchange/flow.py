@@ -30,6 +30,7 @@ from kong_token_exchange.core.claims import (
     check_scopes_required,
     check_timestamps,
     check_type,
+    forbidden_claim,
     meets_audience_required,
     parse_claims,
 )
@@ -431,6 +432,8 @@ class Flow:
         if not meets_audience_required(subject, alternatives=config.audience_required):
             raise AccessDeniedError(reason="audience_required")
         check_scopes_required(subject, alternatives=config.scopes_required)
+        if (claim := forbidden_claim(subject, forbidden=config.claims_forbidden)) is not None:
+            raise AccessDeniedError(reason="claim_forbidden", facts={"claim": claim})
         if config.actor.required and "act" not in subject.members:
             raise AccessDeniedError(reason="actor_missing")
 
@@ -759,6 +762,8 @@ class Flow:
                 order.notes.append("subject_unproven")
             if not meets_audience_required(claims, alternatives=config.audience_required):
                 raise ExchangedTokenError(reason="result_audience")
+            if (claim := forbidden_claim(claims, forbidden=config.claims_forbidden)) is not None:
+                raise ExchangedTokenError(reason="result_claim_forbidden", facts={"claim": claim})
             check_scopes_required(claims, alternatives=config.scopes_required)
         self._check_narrowing(order, response, claims, scopes, now=now)
         if order.actor is not None:

@@ -275,8 +275,10 @@ _CREDENTIAL: dict[str, Field] = {
     "run_on_preflight": _flag("Run on CORS preflight (`OPTIONS`) requests as well.", default=True),
     "hide_credentials": _flag(
         "Take the caller's credential out of the request wherever it was found, also when the result goes"
-        " upstream in another header.",
+        " upstream in another header; and `Authorization` in any case.",
         default=True,
+        difference="Kong leaves an `Authorization` that it has not read; set `false` where the upstream needs"
+        " the caller's. An exchanged token's credential is taken out even then.",
     ),
     "upstream_access_token_header": Field(
         type="string",
@@ -295,6 +297,10 @@ _CHECKS: dict[str, Field] = {
     "scopes_required": _texts(
         "Scopes that the token going upstream must have: each element is an alternative (OR), the words"
         " inside one element are all needed (AND).",
+    ),
+    "claims_forbidden": _texts(
+        "Claims that the token going upstream must not have, whatever their value; a dot leads into an"
+        " object: `realm_access.roles`.",
     ),
     "audience_claim": _texts("The path of the claim that holds the audience.", default=["aud"], len_min=1),
     "scopes_claim": _texts("The path of the claim that holds the scopes.", default=["scope"], len_min=1),
@@ -438,7 +444,10 @@ _SUBJECT_TOKEN_ISSUERS = _records(
         "clients": _texts(
             "The clients (`azp`, `client_id`, `cid`, `appid`) whose tokens are accepted.", len_min=1
         ),
-        "required_claims": _texts("Claims that the token must have.", len_min=1),
+        "required_claims": _texts(
+            "Claims that the token must have, not null; a dot leads into an object: `realm_access.roles`.",
+            len_min=1,
+        ),
         "typ": _texts("The accepted values of the token's `typ` header, such as `at+jwt`.", len_min=1),
         "subject_token_type": _text(
             "The `subject_token_type` sent for this issuer's tokens; wins over that of `request`."
@@ -840,7 +849,6 @@ _LATER: dict[str, Field] = {
     ),
     "client_jwk": _records("The keys of `private_key_jwt`.", _jwk()),
     "tls_client_auth_ssl_verify": _flag("Verify the server during mTLS client authentication.", default=True),
-    "claims_forbidden": _texts("Claims that a token must not have."),
     "keepalive": _flag("Keep connections to the issuer open.", default=True),
     "http_proxy": _text("The proxy for http."),
     "https_proxy": _text("The proxy for https."),

@@ -199,12 +199,25 @@ def check_required_claims(claims: Claims, *, required: Collection[str]) -> None:
     """
     Require that each named member is present and not null.
 
+    A name is that of a member as it stands, or else a path: `realm_access.roles`.
+
     Raises:
         ClaimError: one is not.
     """
     for name in required:
-        if claims.members.get(name) is None:
+        if all(value is None for value in _named(claims.members, name)):
             raise ClaimError(claim=name)
+
+
+def forbidden_claim(claims: Claims, *, forbidden: Collection[str]) -> str | None:
+    """
+    Return the first of the *forbidden* members that is there, null included; None where none is.
+
+    Names are read as in `check_required_claims`, and both readings count.
+
+    Source: Kong openid-connect `claims_forbidden`.
+    """
+    return next((name for name in forbidden if _named(claims.members, name)), None)
 
 
 def check_type(claims: Claims, *, typ: str | None, accepted: Collection[str], id_token: bool = False) -> None:
@@ -296,6 +309,18 @@ def _says_id_token(members: Mapping[str, Json]) -> bool:
         and members.get("token_use", "id") == "id"
         and _EVENT_MEMBER not in members
     )
+
+
+def _named(payload: Mapping[str, Json], name: str) -> list[Json]:
+    """Return what *name* stands for: the member of that very name, and the one at that path."""
+    found = [payload[name]] if name in payload else []
+    parent, _, last = name.rpartition(".")
+    value: object = payload
+    for step in parent.split(".") if parent else ():
+        value = value.get(step) if isinstance(value, Mapping) else None
+    if parent and isinstance(value, Mapping) and last in value:
+        found.append(value[last])
+    return found
 
 
 def _member_at(payload: Mapping[str, Json], path: Sequence[str], *, claim: str) -> Json:

@@ -79,6 +79,7 @@ FIELDS: dict[str, tuple[Changes, Changes]] = {
     "upstream_access_token_header": ({}, {"upstream_access_token_header": "X-Token"}),
     "audience_required": ({}, {"audience_required": ["orders"]}),
     "scopes_required": ({}, {"scopes_required": ["read"]}),
+    "claims_forbidden": ({}, {"claims_forbidden": ["email"]}),
     "audience_claim": ({}, {"audience_claim": ["audience"]}),
     "scopes_claim": ({}, {"scopes_claim": ["scp"]}),
     "leeway": ({}, {"leeway": 1}),

@@ -1155,6 +1155,13 @@ def test_an_audience_that_cannot_be_proven_is_an_error() -> None:
     assert caught.value.path == "audience_required"
 
 
+def test_what_a_result_that_is_not_read_may_not_have_is_an_error() -> None:
+    error = refuse({"claims_forbidden": ["act"], "token_exchange.result": {"validation": "none"}})
+
+    assert error.path == "claims_forbidden"
+    assert load({"claims_forbidden": ["act", "a.b"]}).claims_forbidden == ("act", "a.b")
+
+
 def test_unverified_certificates_are_a_warning() -> None:
     assert [warning.partition(":")[0] for warning in load({"ssl_verify": False}).warnings] == ["ssl_verify"]
 

@@ -386,6 +386,18 @@ POLICY_REFUSALS: dict[str, tuple[dict[str, Any], str, type[TokenExchangeError], 
         AccessDeniedError,
         "audience_required",
     ),
+    "claims-forbidden": (
+        config_with({"claims_forbidden": ["absent", "realm_access.admin"]}),
+        target.mint(aud="api", realm_access={"admin": False}),
+        AccessDeniedError,
+        "claim_forbidden",
+    ),
+    "nested-required-claim": (
+        config_with(None, {**ENTRY, "required_claims": ["realm_access.roles"]}),
+        target.mint(aud="gateway", realm_access={"role": "x"}),
+        InvalidTokenError,
+        "jwt_claim",
+    ),
     "scopes-required": (
         config_with({"scopes_required": ["admin write"]}),
         FORWARDED,
@@ -410,6 +422,16 @@ def test_policy_refuses_before_anything_is_exchanged(
     # A verified token that was refused is refused again: what was verified is not what is allowed.
     assert reason == it.refusal(token).reason
     assert reason == it.refusal(token, within=None).reason
+
+
+def test_a_forbidden_claim_is_judged_in_the_token_that_goes_upstream() -> None:
+    raw = config_with({"claims_forbidden": ["email"]})
+    subject = target.mint(aud="gateway", email="a@b.test")
+
+    assert "exchange" == Bench(raw).run(subject).decision
+    error = Bench(raw, token_response(result_token(email=None))).refusal(SUBJECT)
+    assert (502, "result_claim_forbidden", "email") == (error.status, error.reason, error.facts["claim"])
+    assert "forward" == Bench(raw).run(FORWARDED).decision
 
 
 def test_a_missing_scope_is_named_in_the_challenge() -> None:

@@ -12,9 +12,11 @@ from kong_token_exchange.core.claims import (
     check_bearer,
     check_client,
     check_issuer,
+    check_required_claims,
     check_scopes_required,
     check_timestamps,
     check_type,
+    forbidden_claim,
     meets_audience_required,
     parse_claims,
 )
@@ -688,6 +690,48 @@ def test_required_claims_must_be_there(value: object) -> None:
     assert accept(issuer.mint(tenant=value), entry=asked).sub == "user-1"
     refused_claim("tenant", accept, issuer.mint(), entry=asked)
     refused_claim("tenant", accept, issuer.mint(tenant=None), entry=asked)
+
+
+NESTED = {
+    "realm_access": {"roles": ["admin"], "none": None},
+    "https://a.example/b": 1,
+    "x.y": 2,
+    "x": {"y": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["realm_access.roles", "https://a.example/b", "x.y", "x"])
+def test_a_required_claim_may_be_inside_an_object(name: str) -> None:
+    check_required_claims(parse_claims(issuer.claims(**NESTED)), required=(name,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["realm_access.none", "realm_access.role", "realm_access.roles.admin", "sub.x", ".", "x.", ".x", "a..b"],
+)
+def test_a_required_claim_at_another_path_is_missed(name: str) -> None:
+    with pytest.raises(ClaimError) as caught:
+        check_required_claims(parse_claims(issuer.claims(**NESTED)), required=("sub", name))
+
+    assert name == caught.value.claim
+
+
+FORBIDDEN = ["realm_access.roles", "realm_access.none", "realm_access", "https://a.example/b", "x.y"]
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_forbidden_claim_is_found_whatever_its_value(name: str) -> None:
+    assert name == forbidden_claim(parse_claims(issuer.claims(**NESTED)), forbidden=("absent", name))
+
+
+def test_a_forbidden_claim_is_found_by_either_reading_of_its_name() -> None:
+    for changes in ({"x.y": None}, {"x": {"y": None}}):
+        assert "x.y" == forbidden_claim(parse_claims(issuer.claims(**changes)), forbidden=("x.y",))
+
+
+@pytest.mark.parametrize("name", ["y", "realm_access.admin", "realm_access.roles.admin", "sub.x", "x.y.z"])
+def test_a_claim_that_is_not_there_is_not_forbidden(name: str) -> None:
+    assert forbidden_claim(parse_claims(issuer.claims(**NESTED)), forbidden=(name,)) is None
 
 
 # --- tokens of the providers people use -----------------------------------------------
