@@ -1,8 +1,11 @@
 """
 What a real Keycloak answers, asked directly: the facts that `docs/keycloak.md` states.
+
+At the end, what the gateway makes of answers that say too much, or that somebody has changed.
 """
 
 import base64
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -12,7 +15,12 @@ from typing import Any
 import pytest
 import requests
 
+from kong_token_exchange.sandbox.demo import ISSUER_ADDRESS, UPSTREAM_ADDRESSES
 from kong_token_exchange.sandbox.keycloak import Keycloak, KeycloakUnavailableError
+from kong_token_exchange.sandbox.upstream import EchoUpstream
+from tests.support.gateways import KongOnPath, SandboxBackend, kong_version, wait_until
+from tests.support.proxy import ChangingProxy
+from tests.support.stage import one_route
 
 pytestmark = pytest.mark.integration
 
@@ -29,21 +37,41 @@ Form = dict[str, str | list[str]]
 
 
 @pytest.fixture(scope="module")
-def keycloak() -> Iterator[Keycloak]:
+def keycloak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keycloak]:
     try:
-        running = Keycloak.start(realms=REALMS)
+        running = Keycloak.start(realms=with_another_user(tmp_path_factory.mktemp("realms")))
     except KeycloakUnavailableError as exc:
         pytest.skip(f"no real Keycloak: {exc}")
     with running:
         yield running
 
 
-def mint(keycloak: Keycloak, client: str = "client-1", *, scope: str = "", realm: str = "internal") -> str:
+def with_another_user(folder: Path) -> Path:
+    """Return the realms in *folder*, with a second user in `internal`."""
+    for path in REALMS.glob("*-realm.json"):
+        realm = json.loads(path.read_text(encoding="utf-8"))
+        if realm["realm"] == "internal":
+            user = copy.deepcopy(realm["users"][0])
+            user |= {"username": "sam", "email": "sam@internal.example", "federatedIdentities": []}
+            del user["id"]
+            realm["users"].append(user)
+        (folder / path.name).write_text(json.dumps(realm), encoding="utf-8")
+    return folder
+
+
+def mint(
+    keycloak: Keycloak,
+    client: str = "client-1",
+    *,
+    scope: str = "",
+    realm: str = "internal",
+    user: str = "alex",
+) -> str:
     return keycloak.mint(
         realm=realm,
         client_id=client,
         client_secret=f"{client}-secret",
-        username="alex",
+        username=user,
         password="doe",
         scope=scope,
     )
@@ -111,9 +139,11 @@ def test_transformation_gives_the_gateways_client_and_a_narrower_scope(
     assert (result["azp"], result["aud"], result["sub"]) == ("client-2", "orders-api", ALEX_AT_INTERNAL)
     # profile and email are default scopes of client-2: they come whether asked for or not.
     assert {"email", "orders", "profile"} == set(result["scope"].split()) == set(answer["scope"].split())
-    # A second may pass between the token and its answer.
-    assert answer["expires_in"] in (299, 300)
     assert result["exp"] - result["iat"] == 300
+    # Keycloak counts expires_in from the clock of its answer to exp, in whole seconds, and takes iat
+    # when it makes the token: where a second turns between the two it says 299 of a token of 300.
+    # Both are its honest answer; less would mean a second of work, more would outlive the token.
+    assert answer["expires_in"] in (299, 300)
 
 
 def test_audience_filters_what_the_scopes_bring(keycloak: Keycloak) -> None:
@@ -248,7 +278,7 @@ def test_assertion_of_the_partner_is_good_once(keycloak: Keycloak) -> None:
 
     assert first.status_code == 200
     assert {"issued_token_type", "refresh_token", "session_state"}.isdisjoint(first.json())
-    # A second may pass between the token and its answer.
+    # 299 where a second turns between token and answer, as above.
     assert (first.json()["token_type"], first.json()["expires_in"] in (299, 300)) == ("Bearer", True)
     result = claims(first.json()["access_token"])
     assert (result["iss"], result["aud"]) == (INTERNAL, "inventory-api")
@@ -284,3 +314,89 @@ def test_bad_assertions_are_invalid_grant(keycloak: Keycloak, fault: str, descri
     response = post(keycloak, {"grant_type": JWT_BEARER, "assertion": assertion})
 
     assert (400, {"error": "invalid_grant", "error_description": description}) == refusal(response)
+
+
+# --- through a gateway ----------------------------------------------------------------
+
+
+class Through:
+    """A gateway over this Keycloak, with a proxy between the two."""
+
+    def __init__(
+        self, backend: Any, keycloak: Keycloak, proxy: ChangingProxy, upstream: EchoUpstream
+    ) -> None:
+        self.keycloak, self.proxy, self.upstream = keycloak, proxy, upstream
+        self.gateway = backend(
+            limited("allowed_scopes", ["profile", "email", "orders"]),
+            upstreams=dict.fromkeys(UPSTREAM_ADDRESSES.values(), upstream.address),
+            issuers={ISSUER_ADDRESS: proxy.address},
+        )
+
+    def get(self, token: str) -> requests.Response:
+        return requests.get(
+            f"{self.gateway.url}/orders", headers={"Authorization": f"Bearer {token}"}, timeout=30
+        )
+
+
+def limited(name: str, value: object, **more: Any) -> dict[str, Any]:
+    """Return the route of `kong.yml` with one limit on the result."""
+    config = one_route()
+    exchange = config["services"][0]["routes"][0]["plugins"][0]["config"]["token_exchange"]
+    exchange["result"] = {name: value, **more}
+    return config
+
+
+@pytest.fixture(scope="module", params=["kong", "sandbox"])
+def through(request: pytest.FixtureRequest, keycloak: Keycloak) -> Iterator[Through]:
+    if request.param == "kong" and kong_version() is None:
+        pytest.skip("no real Kong: no `kong` on PATH")
+    with ChangingProxy(("127.0.0.1", keycloak.port)) as proxy, EchoUpstream() as upstream:
+        made = Through(KongOnPath if request.param == "kong" else SandboxBackend, keycloak, proxy, upstream)
+        yield made
+        made.gateway.stop()
+
+
+def test_exc_15_a_token_of_another_user_put_in_by_a_proxy_is_refused(through: Through) -> None:
+    scope = "openid profile orders add-client-2-as-audience"
+    alex, sam = (mint(through.keycloak, scope=scope, user=user) for user in ("alex", "sam"))
+    of_sam = exchange(through.keycloak, sam, {"scope": "profile orders"}).json()["access_token"]
+    assert claims(of_sam)["sub"] != ALEX_AT_INTERNAL
+
+    def substitute(path: str, body: bytes) -> bytes:
+        if not path.endswith("/token"):
+            return body
+        return json.dumps({**json.loads(body), "access_token": of_sam}).encode()
+
+    # Genuine in all but its subject: Keycloak signed it for this client, this audience, these scopes.
+    through.proxy.change = substitute
+    through.upstream.log.clear()
+    answers = [through.get(alex) for _ in range(2)]
+    assert [(502, "server_error")] * 2 == [(answer.status_code, answer.json()["error"]) for answer in answers]
+    assert 0 == through.upstream.hits
+    assert wait_until(lambda: "subject_differs" in through.gateway.logs())
+    assert of_sam not in through.gateway.logs()
+
+    through.proxy.change = None
+    assert 200 == through.get(alex).status_code
+    assert ALEX_AT_INTERNAL == (through.upstream.last_claims() or {})["sub"]
+    # For its own subject it is as good as any.
+    assert 200 == through.get(sam).status_code
+
+
+def test_exc_14_more_scope_than_allowed_is_refused_or_recorded(through: Through) -> None:
+    # Keycloak adds `email`, a default scope of the gateway's client, to what was asked for.
+    token = mint(through.keycloak, scope="openid profile orders add-client-2-as-audience")
+    assert 200 == through.get(token).status_code
+
+    through.gateway.reload(limited("allowed_scopes", ["profile", "orders"]))
+    assert wait_until(lambda: through.get(token).status_code == 502)
+    through.upstream.log.clear()
+    answer = through.get(token)
+    assert (502, "server_error") == (answer.status_code, answer.json()["error"])
+    assert 0 == through.upstream.hits
+    assert wait_until(lambda: "result_wider_than_policy" in through.gateway.logs())
+    assert "scope_not_allowed" in through.gateway.logs()
+
+    through.gateway.reload(limited("allowed_scopes", ["profile", "orders"], narrowing="audit"))
+    assert wait_until(lambda: through.get(token).status_code == 200)
+    assert "email" in (through.upstream.last_claims() or {})["scope"].split()
