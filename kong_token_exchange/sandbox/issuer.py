@@ -11,6 +11,10 @@ what the stories do, the same answers, refusals included. What is modelled is
 Keycloak's standard token exchange (V2) and its JWT authorization grant.
 There are no sessions, no refresh tokens and no consent.
 
+What Keycloak does not have is off by default: with `delegation` an issuer reads `actor_token`,
+honours `may_act` and names the actor in `act`, as RFC 8693 has it; without it, as Keycloak, it
+ignores actor tokens without a word.
+
 Source: RFC 8693; RFC 7523; RFC 6749 section 2.3.1; OpenID Connect Discovery 1.0;
 Keycloak 26 (behaviour).
 """
@@ -267,6 +271,8 @@ class Issuer:
         realm: Clients, scopes, users.
         now: The clock, seconds since the epoch.
         trusted: Issuers whose assertions this one accepts, if a client may present them.
+
+    `delegation` says whether actor tokens are read.
     """
 
     def __init__(
@@ -281,6 +287,7 @@ class Issuer:
         self.realm = realm
         self.trusted: dict[str, Issuer] = dict(trusted or {})
         self.keys: list[SigningKey] = [SigningKey.generate("RS256"), SigningKey.generate("ES256")]
+        self.delegation = False
         self._now = now
         self._used_assertions: dict[str, float] = {}
 
@@ -475,8 +482,29 @@ class Issuer:
         if subject.get("azp") != client_id and client_id not in _as_list(subject.get("aud")):
             raise TokenError("access_denied", "Client is not within the token audience", 403)
         scopes = self._requested_scopes(client_id, form)
-        answer = self._token_answer(client_id, user_name, scopes, only_audience=form.all("audience"))
+        act = self._actor(form, subject) if self.delegation else None
+        answer = self._token_answer(client_id, user_name, scopes, only_audience=form.all("audience"), act=act)
         return {**answer, "issued_token_type": ACCESS_TOKEN}
+
+    def _actor(self, form: Form, subject: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return `act` for the result: the actor, with the subject's earlier one inside (RFC 8693 4.1)."""
+        token, token_type = form.get("actor_token"), form.get("actor_token_type")
+        if token is None and token_type is None:
+            return None
+        if token is None or token_type != ACCESS_TOKEN:
+            raise TokenError("invalid_request", "actor_token and actor_token_type belong together")
+        actor = self.verify(token)
+        if actor is None or not isinstance(actor.get("sub"), str):
+            raise TokenError("invalid_request", "Invalid actor token")
+        permitted = subject.get("may_act")
+        if permitted is not None and not (
+            isinstance(permitted, dict)
+            and permitted
+            and all(actor.get(name) == value for name, value in permitted.items())
+        ):
+            raise TokenError("access_denied", "The actor may not act for the subject", 403)
+        act = {"iss": self.issuer, "sub": actor["sub"], "client_id": actor.get("azp")}
+        return {**act, "act": subject["act"]} if "act" in subject else act
 
     def _check_exchange_request(self, client_id: str, form: Form) -> None:
         for name in ("requested_subject", "requested_issuer", "subject_issuer"):
@@ -575,10 +603,17 @@ class Issuer:
         return [name for name in scopes if name != "openid"]
 
     def _token_answer(
-        self, client_id: str, user_name: str, scopes: Sequence[str], only_audience: Sequence[str] = ()
+        self,
+        client_id: str,
+        user_name: str,
+        scopes: Sequence[str],
+        only_audience: Sequence[str] = (),
+        act: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         client = self.realm.clients[client_id]
         claims = self._claims(client_id, user_name, scopes, None)
+        if act:
+            claims["act"] = act
         if only_audience:
             # The audience parameter filters; it never adds.
             missing = [name for name in only_audience if name not in _as_list(claims.get("aud"))]

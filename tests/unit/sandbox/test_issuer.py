@@ -409,6 +409,65 @@ def test_exchange_refuses_a_subject_token_as_keycloak_does(internal, change):
     assert refusal(exchange(internal, token)) == (400, "invalid_request", "Invalid token")
 
 
+@pytest.fixture
+def delegating(internal):
+    internal.delegation = True
+    yield internal
+    internal.delegation = False
+
+
+def act_of(issuer, subject, actor) -> dict:
+    _, body = exchange(issuer, subject, actor_token=actor, actor_token_type=ACCESS_TOKEN)
+    return claims_of(body["access_token"]).get("act", {})
+
+
+def test_actor_tokens_are_ignored_as_keycloak_does(internal, subject):
+    assert act_of(internal, subject, "no token at all") == {}
+
+
+def test_actor_is_named_in_the_token(delegating, subject):
+    actor = delegating.mint(sub="agent", azp="agent-client")
+
+    assert act_of(delegating, subject, actor) == {
+        "iss": INTERNAL,
+        "sub": "agent",
+        "client_id": "agent-client",
+    }
+
+
+def test_earlier_actor_is_kept_inside(delegating):
+    subject = delegating.mint(scopes=["add-client-2-as-audience"], act={"sub": "earlier"})
+
+    assert act_of(delegating, subject, delegating.mint(sub="agent"))["act"] == {"sub": "earlier"}
+
+
+def test_exchange_without_an_actor_names_none(delegating, subject):
+    assert "act" not in claims_of(exchange(delegating, subject)[1]["access_token"])
+
+
+@pytest.mark.parametrize("form", [{"actor_token": "a.b.c"}, {"actor_token_type": ACCESS_TOKEN}])
+def test_actor_token_and_its_type_belong_together(delegating, subject, form):
+    assert refusal(exchange(delegating, subject, **form))[:2] == (400, "invalid_request")
+
+
+@pytest.mark.parametrize("change", [{"life_s": -1}, {"key": SigningKey.generate()}, {"without": ["sub"]}])
+def test_bad_actor_token_is_refused(delegating, subject, change):
+    form = {"actor_token": delegating.mint(**change), "actor_token_type": ACCESS_TOKEN}
+
+    assert refusal(exchange(delegating, subject, **form)) == (400, "invalid_request", "Invalid actor token")
+
+
+@pytest.mark.parametrize(
+    ("may_act", "allowed"),
+    [({"sub": "agent"}, True), ({"sub": "other"}, False), ({}, False), ("agent", False)],
+)
+def test_may_act_is_honoured(delegating, may_act, allowed):
+    subject = delegating.mint(scopes=["add-client-2-as-audience"], may_act=may_act)
+    form = {"actor_token": delegating.mint(sub="agent"), "actor_token_type": ACCESS_TOKEN}
+
+    assert (exchange(delegating, subject, **form)[0] == 200) == allowed
+
+
 def test_client_that_is_not_in_the_tokens_audience_is_forbidden(internal):
     answer = exchange(internal, internal.mint(scopes=["orders"]), scope="orders")
 
