@@ -35,7 +35,9 @@ from kong_token_exchange.core.policy import (
     ClaimPair,
     Conditions,
     PossessionPolicy,
+    RedisPolicy,
     ResultPolicy,
+    SharedCachePolicy,
     SubjectTokenIssuer,
 )
 from kong_token_exchange.core.target_uri import normalise_uri
@@ -54,6 +56,13 @@ from kong_token_exchange.secret import Secret
 
 # Sixteen spellings to clear; a header of a token in use has one or two (x-access-token).
 MAX_HEADER_HYPHENS = 4
+
+# A secret shorter than the key that is made of it weakens that key. Thirty-two random hex digits
+# have about 14 different characters; fewer than 8 is a pattern, not chance.
+MIN_SEAL_KEY_BYTES = 32
+MIN_SEAL_KEY_VARIETY = 8
+# One that writes, one that is leaving, one that is coming, and one to spare: each costs a look-up.
+MAX_SEAL_KEYS = 4
 
 ClientMethod = Literal["client_secret_basic", "client_secret_post", "none"]
 Topic = Literal["forwarding", "narrowing", "subject", "actor", "issuer", "result", "credential", "time"]
@@ -142,8 +151,8 @@ class PluginConfig:
     one set are all needed, and any one of the sets is enough.
 
     `identity` is the SHA-256, in hex, of everything that was configured, secrets
-    included: fit for keys, never for logs, where a short secret could be guessed
-    from it.
+    included, but for where and how the second level keeps entries: fit for keys,
+    never for logs, where a short secret could be guessed from it.
     """
 
     identity: str
@@ -154,6 +163,7 @@ class PluginConfig:
     request: ExchangeParameters
     result: ResultPolicy
     cache: CachePolicy
+    shared_cache: SharedCachePolicy | None
     breaker: BreakerPolicy
     credential: CredentialSources
     upstream_header: UpstreamHeader
@@ -419,6 +429,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         request=_build_request(members, exchange),
         result=_build_result(exchange["result"]),
         cache=_build_cache(members, exchange["cache"]),
+        shared_cache=_build_shared_cache(members, exchange["cache"], notes),
         breaker=BreakerPolicy(
             failures=exchange["breaker"]["failures"], open_for_s=exchange["breaker"]["open_for"] / 1000
         ),
@@ -463,8 +474,17 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
 
 
 def _identify(members: Members) -> str:
-    """Hash what was read, so that a default that is spelt out changes nothing."""
-    canonical = json.dumps(members, sort_keys=True, separators=(",", ":"))
+    """
+    Hash what was read, so that a default that is spelt out changes nothing.
+
+    Where the second level is and what seals it shapes no result: nodes that reach it in different
+    ways, or in the middle of a rotation of keys, have to share their entries (ADR 0010).
+    """
+    exchange: Members = members["token_exchange"]
+    cache = {name: value for name, value in exchange["cache"].items() if name != "seal_keys"}
+    shaping = {name: value for name, value in members.items() if not name.startswith("cluster_cache_")}
+    shaping["token_exchange"] = {**exchange, "cache": cache}
+    canonical = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -1017,6 +1037,123 @@ def _build_cache(members: Members, cache: Members) -> CachePolicy:
         ttl_neg=float(min(ttl_neg, MAX_NEGATIVE_TTL_S)),
         refresh_ahead=cache["refresh_ahead"],
     )
+
+
+def _build_shared_cache(members: Members, cache: Members, notes: _Notes) -> SharedCachePolicy | None:
+    """Build the second level; what is set for it is checked even while it is off."""
+    redis = _build_redis(members["cluster_cache_redis"], notes)
+    seal_keys = _build_seal_keys(cache["seal_keys"] or [])
+    items = members["cluster_cache_items"]
+    if members["cluster_cache_strategy"] == "off" or not items:
+        return None
+    if "tokens" not in items:
+        raise ConfigError("cluster_cache_items", "must list tokens: nothing else can be shared yet")
+    if not seal_keys:
+        raise ConfigError(
+            "token_exchange.cache.seal_keys",
+            "required with cluster_cache_strategy redis: seals what is shared",
+        )
+    if not cache["enabled"]:
+        notes.warn("cluster_cache_strategy", "not used: token_exchange.cache.enabled is false")
+        return None
+    _warn_of_open_redis(redis, notes)
+    return SharedCachePolicy(redis=redis, seal_keys=seal_keys)
+
+
+def _build_seal_keys(values: list[str]) -> tuple[Secret, ...]:
+    path = "token_exchange.cache.seal_keys"
+    if len(values) > MAX_SEAL_KEYS:
+        raise ConfigError(path, f"must have at most {MAX_SEAL_KEYS} elements")
+    for index, value in enumerate(values):
+        if _is_reference(value):
+            continue
+        if len(value.encode("utf-8")) < MIN_SEAL_KEY_BYTES:
+            raise ConfigError(f"{path}[{index}]", f"must have at least {MIN_SEAL_KEY_BYTES} bytes")
+        if len(set(value)) < MIN_SEAL_KEY_VARIETY:
+            raise ConfigError(f"{path}[{index}]", "must be made at random, such as by `openssl rand -hex 32`")
+        if value in values[:index]:
+            raise ConfigError(f"{path}[{index}]", "is listed twice")
+    return tuple(Secret(value) for value in values)
+
+
+def _build_redis(members: Members, notes: _Notes) -> RedisPolicy:
+    path = "cluster_cache_redis"
+    timeouts = {name: members[name] for name in ("connect_timeout", "send_timeout", "read_timeout")}
+    for name, value in timeouts.items():
+        if value < 1:
+            raise ConfigError(f"{path}.{name}", "must be at least 1")
+    for name in ("database", "cluster_max_redirections"):
+        if members[name] < 0:
+            raise ConfigError(f"{path}.{name}", "must not be negative")
+    if members["username"] is not None and members["password"] is None:
+        raise ConfigError(f"{path}.password", "required with username")
+    if members["server_name"] is not None and not members["ssl"]:
+        notes.warn(f"{path}.server_name", "not used: ssl is false")
+    _check_redis_host(members["host"], f"{path}.host")
+    return RedisPolicy(
+        host=members["host"],
+        port=members["port"],
+        username=members["username"],
+        password=_secret_or_none(members["password"]),
+        database=members["database"],
+        connect_timeout_s=timeouts["connect_timeout"] / 1000,
+        read_timeout_s=max(timeouts["read_timeout"], timeouts["send_timeout"]) / 1000,
+        timeout_s=max(timeouts.values()) / 1000,
+        ssl=members["ssl"],
+        ssl_verify=members["ssl_verify"],
+        server_name=members["server_name"],
+        pool_size=members["keepalive_pool_size"],
+        sentinel_master=members["sentinel_master"],
+        sentinels=_build_sentinels(members),
+        sentinel_username=members["sentinel_username"],
+        sentinel_password=_secret_or_none(members["sentinel_password"]),
+        cluster_nodes=_build_cluster_nodes(members),
+        cluster_max_redirections=members["cluster_max_redirections"],
+    )
+
+
+def _build_sentinels(members: Members) -> tuple[tuple[str, int], ...]:
+    """Build the Sentinels' addresses; Kong, too, requires all three members or none."""
+    path = "cluster_cache_redis"
+    names = ("sentinel_master", "sentinel_nodes", "sentinel_role")
+    stated = [name for name in names if members[name] is not None]
+    for name in names:
+        if stated and name not in stated:
+            raise ConfigError(f"{path}.{name}", f"required with {stated[0]}")
+    if stated and members["cluster_nodes"] is not None:
+        raise ConfigError(f"{path}.cluster_nodes", "cannot be combined with Sentinel")
+    nodes = members["sentinel_nodes"] or []
+    for index, node in enumerate(nodes):
+        _check_redis_host(node["host"], f"{path}.sentinel_nodes[{index}].host")
+    return tuple((node["host"], node["port"]) for node in nodes)
+
+
+def _build_cluster_nodes(members: Members) -> tuple[tuple[str, int], ...]:
+    path = "cluster_cache_redis"
+    nodes = members["cluster_nodes"] or []
+    for index, node in enumerate(nodes):
+        _check_redis_host(node["ip"], f"{path}.cluster_nodes[{index}].ip")
+    if nodes and members["database"]:
+        raise ConfigError(f"{path}.database", "must be 0: a cluster has no other")
+    return tuple((node["ip"], node["port"]) for node in nodes)
+
+
+def _check_redis_host(host: str, path: str) -> None:
+    if not _is_reference(host):
+        _check_match(_HOST, host, path, "must be a host name or an address")
+
+
+def _secret_or_none(value: str | None) -> Secret | None:
+    return None if value is None else Secret(value)
+
+
+def _warn_of_open_redis(redis: RedisPolicy, notes: _Notes) -> None:
+    path = "cluster_cache_redis"
+    hosts = [host for host, _ in redis.cluster_nodes or redis.sentinels] or [redis.host]
+    if redis.ssl and not redis.ssl_verify:
+        notes.warn(f"{path}.ssl_verify", "the certificate of Redis is not verified")
+    elif redis.password is not None and not redis.ssl and not all(map(_is_loopback, hosts)):
+        notes.warn(f"{path}.ssl", "without TLS the password of Redis is readable on the network")
 
 
 def _build_credential(members: Members, notes: _Notes) -> CredentialSources:

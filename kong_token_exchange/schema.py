@@ -529,6 +529,12 @@ _CACHE = _record(
             " subject token outlives it. Never for `jwt_bearer`, whose assertions may be good for one use.",
             default=True,
         ),
+        "seal_keys": _texts(
+            "With `cluster_cache_strategy: redis`: secrets under which shared entries are sealed; the first"
+            " one writes, all of them read. Each at least 32 bytes, made at random; at most 4.",
+            referenceable=True,
+            encrypted=True,
+        ),
     },
 )
 
@@ -778,38 +784,59 @@ def _redis_cloud() -> dict[str, Field]:
     }
 
 
+def _redis_timeout(description: str) -> Field:
+    return _number(
+        f"{description} The largest of the three bounds what one request can lose to Redis.",
+        type="integer",
+        default=50,
+        between=(0, _INT31),
+        difference="Kong's default is 2000; 0 is refused.",
+    )
+
+
 def _redis() -> dict[str, Field]:
     return {
-        "cloud_authentication": _record("Authentication at a cloud's Redis service.", _redis_cloud()),
+        "cloud_authentication": _later(_record("Authentication at a cloud's Redis service.", _redis_cloud())),
         "cluster_max_redirections": _integer("Redirections followed in a cluster.", default=5),
         "cluster_nodes": _records(
-            "The nodes of a Redis cluster.",
+            "Nodes of a Redis cluster from which the others are found; makes it a cluster.",
             {"ip": _text("The host name.", default="127.0.0.1"), "port": _port()},
             len_min=1,
         ),
-        "connect_timeout": _integer("Milliseconds to connect.", default=2000, between=(0, _INT31)),
-        "connection_is_proxied": _flag("Whether a proxy stands before Redis.", default=False),
-        "database": _integer("The number of the database.", default=0),
+        "connect_timeout": _redis_timeout("Milliseconds to connect, TLS included."),
+        "connection_is_proxied": _later(_flag("Whether a proxy stands before Redis.", default=False)),
+        "database": _integer("The number of the database; a cluster has 0 alone.", default=0),
         "host": _text("The host name.", default="127.0.0.1", referenceable=True),
-        "keepalive_backlog": _integer("Connections that may wait for the pool.", between=(0, _INT31)),
-        "keepalive_pool_size": _integer("Connections kept in the pool.", default=256, between=(1, _INT31)),
+        "keepalive_backlog": _later(_integer("Connections that may wait for the pool.", between=(0, _INT31))),
+        "keepalive_pool_size": replace(
+            _integer("Connections kept in the pool.", default=256, between=(1, _INT31)),
+            difference="A process uses at most 5.",
+        ),
         "password": _secret("The password."),
         "port": replace(_port(), referenceable=True),
-        "read_timeout": _integer("Milliseconds to read.", default=2000, between=(0, _INT31)),
-        "send_timeout": _integer("Milliseconds to write.", default=2000, between=(0, _INT31)),
-        "sentinel_master": _text("The name of the Sentinel master."),
+        "read_timeout": _redis_timeout("Milliseconds to read."),
+        "send_timeout": _redis_timeout("Milliseconds to write."),
+        "sentinel_master": _text("The name that the Sentinels know the master by; makes them asked for it."),
         "sentinel_nodes": _records(
             "The nodes of Redis Sentinel.",
             {"host": _text("The host name.", default="127.0.0.1"), "port": _port()},
             len_min=1,
         ),
         "sentinel_password": _secret("The password for Sentinel."),
-        "sentinel_role": _text("The role of the nodes that are used.", one_of=("any", "master", "slave")),
+        "sentinel_role": _text(
+            "The role of the node that is used: `master`.",
+            one_of=("any", "master", "slave"),
+            refused=dict.fromkeys(("any", "slave"), "a cache is written, too; only the master can be"),
+        ),
         "sentinel_username": _reference("The user name for Sentinel."),
-        "server_name": _reference("The server name for TLS."),
-        "ssl": _flag("Use TLS to Redis.", default=False),
-        "ssl_verify": _flag("Verify the certificate of Redis.", default=True),
-        "username": _reference("The user name."),
+        "server_name": _reference("The name that the certificate must have, instead of the host's."),
+        "ssl": _flag("Use TLS to Redis, and to Sentinels.", default=False),
+        "ssl_verify": _flag(
+            "Verify the certificate of Redis.",
+            default=True,
+            difference="Trust is `ca_file`, or the plugin server's own.",
+        ),
+        "username": _reference("The user name, for an ACL."),
     }
 
 
@@ -858,13 +885,6 @@ _LATER: dict[str, Field] = {
     "cache_ttl_min": _number("The shortest time, in seconds, that anything is cached."),
     "cache_introspection": _flag("Cache introspection answers.", default=True),
     "rediscovery_lifetime": _number("Seconds between two attempts at discovery.", default=30),
-    "cluster_cache_strategy": _text(
-        "The second-level cache shared between nodes.", default="off", one_of=("off", "redis")
-    ),
-    "cluster_cache_items": _texts(
-        "What the shared cache holds.", default=["introspection"], one_of=("introspection", "tokens")
-    ),
-    "cluster_cache_redis": _record("The Redis of the shared cache.", _redis()),
     "upstream_headers": _claim_headers("Claims to set as headers of the request that goes upstream."),
     "upstream_headers_names": _texts("Names of headers that go upstream."),
     "upstream_headers_claims": _texts("Claims paired by position with `upstream_headers_names`."),
@@ -929,6 +949,24 @@ _LATER: dict[str, Field] = {
     "extra_jwks_uris": _texts("Further key sets to trust.", referenceable=True),
 }  # fmt: skip
 
+_SHARED: dict[str, Field] = {
+    "cluster_cache_strategy": _text(
+        "`redis`: processes and nodes share exchanged tokens in Redis or Valkey, as a second level behind"
+        " each one's memory.",
+        default="off",
+        one_of=("off", "redis"),
+        difference="With `redis`, `token_exchange.cache.seal_keys` is required.",
+    ),
+    "cluster_cache_items": _texts(
+        "What the shared cache holds: `tokens` are exchanged tokens, sealed. Empty: nothing, whatever the"
+        " strategy.",
+        default=["introspection"],
+        one_of=("introspection", "tokens"),
+        difference="With `redis`, `tokens` must be listed or nothing at all: nothing else is shared.",
+    ),
+    "cluster_cache_redis": _record("The Redis of the shared cache.", _redis()),
+}
+
 SECTIONS: dict[str, dict[str, Field]] = {
     "The target issuer": _TARGET,
     "The gateway as a client": _CLIENT,
@@ -937,6 +975,7 @@ SECTIONS: dict[str, dict[str, Field]] = {
     "Proof of possession": _POSSESSION,
     "The token request": _REQUEST,
     "Transport and cache": _TRANSPORT,
+    "The cache that nodes share": _SHARED,
     "Additions at top level": _OWN,
 }
 
@@ -1137,7 +1176,12 @@ def reference_markdown() -> str:
     for title, section in SECTIONS.items():
         rows = {name: member for name, member in section.items() if member.only_default != NOT_YET}
         parts.append(f"### {title}\n\n{_table(rows)}")
-    for path, record in _records_below("token_exchange", _TOKEN_EXCHANGE):
+    redis = [
+        below
+        for below in _records_below("cluster_cache_redis", _SHARED["cluster_cache_redis"])
+        if below[1].only_default != NOT_YET
+    ]
+    for path, record in (*_records_below("token_exchange", _TOKEN_EXCHANGE), *redis):
         parts.append(f"### `{path}`\n\n{describe(record)}\n\n{_table(record.fields)}")
     parts.append(
         "### Accepted at the default only\n\n"

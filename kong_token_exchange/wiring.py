@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 
 from kong_token_exchange.config import PluginConfig
-from kong_token_exchange.core.policy import BreakerPolicy
+from kong_token_exchange.core.policy import BreakerPolicy, SharedCachePolicy
 from kong_token_exchange.errors import (
     ConfigError,
     DeadlineError,
@@ -22,6 +22,7 @@ from kong_token_exchange.errors import (
 from kong_token_exchange.flow import Flow
 from kong_token_exchange.plugin import TokenExchangePlugin
 from kong_token_exchange.pluginserver.faults import Faults, make_faults
+from kong_token_exchange.ports import SharedCache
 from kong_token_exchange.protocol.bearer import render
 from kong_token_exchange.schema import MAX_DEADLINE_MS
 from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
@@ -67,6 +68,7 @@ class Shells:
         self._guards: dict[tuple[str | None, bool, int, BreakerPolicy], GuardedSender] = {}
         self._key_sources: dict[tuple[str | None, bool, int, bool], IssuerKeySource] = {}
         self._secret_files: dict[str, SecretFile] = {}
+        self._shared_caches: dict[tuple[SharedCachePolicy, str | None], SharedCache] = {}
 
     def make_flow(self, config: PluginConfig) -> Flow:
         """
@@ -94,6 +96,7 @@ class Shells:
             )
             self._key_sources[source_key] = keys
             secrets = self._secret_file(config.client.client_secret_file)
+            shared = None if config.shared_cache is None else self._shared(config.shared_cache, ca_file)
         return Flow(
             config,
             sender=guard,
@@ -105,6 +108,7 @@ class Shells:
             proofs=self.proofs,
             refresher=self.refresher,
             secrets=secrets,
+            shared=shared,
         )
 
     def _secret_file(self, path: str | None) -> SecretFile | None:
@@ -126,6 +130,34 @@ class Shells:
             for documents, exchanges in self._senders.values():
                 documents.close()
                 exchanges.close()
+
+    def _shared(self, policy: SharedCachePolicy, ca_file: str | None) -> SharedCache:
+        """Return the second level of these settings, made once; call it with the lock held."""
+        key = (policy, ca_file)
+        made = self._shared_caches.get(key)
+        if made is None:
+            try:
+                # Its library is an extra: who does not ask for Redis need not have it.
+                from kong_token_exchange.shell.redis_cache import RedisTokenCache  # noqa: PLC0415
+                from kong_token_exchange.shell.redis_store import RedisStore, make_context  # noqa: PLC0415
+            except ImportError:
+                raise ConfigError(
+                    "cluster_cache_strategy", "redis needs: pip install kong-token-exchange[redis]"
+                ) from None
+            context = None
+            if policy.redis.ssl:
+                try:
+                    context = make_context(ca_file, verify=policy.redis.ssl_verify)
+                except (OSError, ValueError):
+                    raise ConfigError("ca_file", "cannot be read as PEM certificates") from None
+            made = self._shared_caches[key] = RedisTokenCache(
+                RedisStore(policy.redis, context),
+                seal_keys=policy.seal_keys,
+                clock=self.clock,
+                metrics=self.metrics,
+                timeout_s=policy.redis.timeout_s,
+            )
+        return made
 
     def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:
         """Return the plugin over these shells."""

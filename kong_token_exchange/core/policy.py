@@ -132,3 +132,40 @@ class BreakerPolicy:
 
     failures: int = 5
     open_for_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisPolicy:
+    """
+    Which Redis is used, and how it is reached.
+
+    With `sentinels` the master named `sentinel_master` is asked of them; with `cluster_nodes` it is
+    a cluster; else it is at `host` and `port`. `timeout_s` bounds one look-up as a whole, in seconds.
+    """
+
+    host: str
+    port: int
+    username: str | None
+    password: Secret | None
+    database: int
+    connect_timeout_s: float
+    read_timeout_s: float
+    timeout_s: float
+    ssl: bool
+    ssl_verify: bool
+    server_name: str | None
+    pool_size: int
+    sentinel_master: str | None = None
+    sentinels: tuple[tuple[str, int], ...] = ()
+    sentinel_username: str | None = None
+    sentinel_password: Secret | None = None
+    cluster_nodes: tuple[tuple[str, int], ...] = ()
+    cluster_max_redirections: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedCachePolicy:
+    """The second level: its Redis, and the secrets that seal entries; the first one writes."""
+
+    redis: RedisPolicy
+    seal_keys: tuple[Secret, ...]

@@ -3,7 +3,8 @@ Which configurations and requests share a cached token: the table of pairs.
 
 By design two configurations that differ in any field share nothing, whether or not the field shapes
 the result; so each field stands here with two values, and a field without a row fails
-`test_schema.py`. What says the same in other words shares.
+`test_schema.py`. What says the same in other words shares, and so does what says only where entries
+are kept: nodes reach one Redis in their own ways, and rotate its keys one after the other.
 """
 
 from __future__ import annotations
@@ -238,6 +239,45 @@ FIELDS: dict[str, tuple[Changes, Changes]] = {
     "token_exchange.breaker.open_for": ({}, {"token_exchange.breaker.open_for": 4000}),
 }
 
+REDIS, SEALED = "cluster_cache_redis", {f"{CACHE}.seal_keys": ["5f2b8a1c9e3d4f60718293a4b5c6d7e8"]}
+SENTINEL: Changes = {
+    f"{REDIS}.sentinel_master": "main",
+    f"{REDIS}.sentinel_role": "master",
+    f"{REDIS}.sentinel_nodes": [{"host": "s1", "port": 1}],
+}
+
+# Each field that says where and how entries are kept, with what a configuration may say there.
+WHERE: dict[str, Changes] = {
+    "cluster_cache_strategy": {
+        "cluster_cache_strategy": "redis",
+        "cluster_cache_items": ["tokens"],
+        **SEALED,
+    },
+    "cluster_cache_items": {"cluster_cache_items": ["tokens"]},
+    f"{CACHE}.seal_keys": SEALED,
+    f"{REDIS}.cluster_max_redirections": {f"{REDIS}.cluster_max_redirections": 1},
+    f"{REDIS}.cluster_nodes[].ip": {f"{REDIS}.cluster_nodes": [{"ip": "n1"}]},
+    f"{REDIS}.cluster_nodes[].port": {f"{REDIS}.cluster_nodes": [{"port": 1}]},
+    f"{REDIS}.connect_timeout": {f"{REDIS}.connect_timeout": 1},
+    f"{REDIS}.database": {f"{REDIS}.database": 1},
+    f"{REDIS}.host": {f"{REDIS}.host": "redis"},
+    f"{REDIS}.keepalive_pool_size": {f"{REDIS}.keepalive_pool_size": 1},
+    f"{REDIS}.password": {f"{REDIS}.password": "p"},
+    f"{REDIS}.port": {f"{REDIS}.port": 1},
+    f"{REDIS}.read_timeout": {f"{REDIS}.read_timeout": 1},
+    f"{REDIS}.send_timeout": {f"{REDIS}.send_timeout": 1},
+    f"{REDIS}.sentinel_master": SENTINEL,
+    f"{REDIS}.sentinel_nodes[].host": SENTINEL,
+    f"{REDIS}.sentinel_nodes[].port": SENTINEL,
+    f"{REDIS}.sentinel_password": {f"{REDIS}.sentinel_password": "p"},
+    f"{REDIS}.sentinel_role": SENTINEL,
+    f"{REDIS}.sentinel_username": {f"{REDIS}.sentinel_username": "u"},
+    f"{REDIS}.server_name": {f"{REDIS}.server_name": "redis.test"},
+    f"{REDIS}.ssl": {f"{REDIS}.ssl": True},
+    f"{REDIS}.ssl_verify": {f"{REDIS}.ssl_verify": False},
+    f"{REDIS}.username": {f"{REDIS}.username": "u", f"{REDIS}.password": "p"},
+}
+
 # Fields that can be set and have one value alone; without a second one there is no pair.
 ONE_VALUE = {"token_exchange.map_identities_from"}
 
@@ -257,7 +297,7 @@ def settable_fields(field: Field = SCHEMA, path: str = "") -> Iterator[str]:
 
 def unplaced_fields() -> set[str]:
     """Return the fields without a row, and the rows without a field."""
-    return set(settable_fields()) ^ (set(FIELDS) | ONE_VALUE)
+    return set(settable_fields()) ^ (set(FIELDS) | set(WHERE) | ONE_VALUE)
 
 
 def configured(changes: Changes) -> dict[str, Any]:
@@ -318,6 +358,14 @@ SAME: dict[str, Changes] = {
     "kongs-own-members": {"__seq__": 7, "__plugin_id": "b", "route_id": "r", "service_id": "s"},
     "header-spelt-out": {"upstream_access_token_header": "authorization:bearer"},
 }
+
+
+@pytest.mark.parametrize("changes", WHERE.values(), ids=WHERE.keys())
+def test_where_entries_are_kept_parts_nobody(changes: Changes) -> None:
+    filled = Bench()
+    filled.run(SUBJECT)
+
+    assert is_hit(Bench(configured(changes), cache=filled.cache), SUBJECT)
 
 
 @pytest.mark.parametrize("changes", SAME.values(), ids=SAME.keys())

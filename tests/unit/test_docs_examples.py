@@ -107,7 +107,9 @@ def resolved(value: Any) -> Any:
         return {name: resolved(member) for name, member in value.items()}
     if isinstance(value, list):
         return [resolved(member) for member in value]
-    return "resolved" if isinstance(value, str) and value.startswith("{vault://") else value
+    # As long and as mixed as a seal key has to be.
+    secret = "resolved from a vault: 4f1c9a7e2b"
+    return secret if isinstance(value, str) and value.startswith("{vault://") else value
 
 
 def documents(text: str) -> list[Any]:

@@ -26,6 +26,9 @@ DELIBERATE_DIFFERENCES: dict[tuple[str, str], tuple[object, object]] = {
     ("auth_methods", "default"): (KONG_FIELDS["auth_methods"]["default"], ["bearer"]),
     ("bearer_token_param_type", "default"): (["body", "header", "query"], ["header"]),
     ("token_exchange.subject_token_issuers[].verify_signature", "default"): (False, True),
+    ("cluster_cache_redis.connect_timeout", "default"): (2000, 50),
+    ("cluster_cache_redis.read_timeout", "default"): (2000, 50),
+    ("cluster_cache_redis.send_timeout", "default"): (2000, 50),
 }
 # Nothing may be set in these records yet, so nothing in them is required.
 NOT_REQUIRED_YET = {
