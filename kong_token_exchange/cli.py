@@ -79,6 +79,20 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SECONDS",
         help="after so long an event is answered with 504 (default: 10); below Kong's read timeout, 60 s",
     )
+    serve.add_argument(
+        "--cache-size",
+        type=_positive,
+        default=128,
+        metavar="MIB",
+        help="memory for verified and exchanged tokens in each process (default: 128)",
+    )
+    serve.add_argument(
+        "--cache-entries",
+        type=_positive,
+        default=10_000,
+        metavar="N",
+        help="verified, and exchanged, tokens in each process (default: 10000)",
+    )
     serve.add_argument("--ca-file", metavar="PATH", help="trusted certificates for issuers, PEM")
     serve.add_argument(
         "--resolve",
@@ -90,6 +104,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     serve.set_defaults(run=_run_serve)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return number
 
 
 def _resolve_rule(text: str) -> tuple[str, tuple[str, int]]:
@@ -127,7 +148,13 @@ def _run_serve(options: argparse.Namespace) -> int:
     def make_plugin() -> PluginType:
         # In each worker, after the fork: connections, threads and caches are never shared.
         atexit.register(queue_log_lines(logging.getLogger()).stop)
-        shells = Shells(ca_file=options.ca_file, resolve=dict(options.resolve), proofs=proofs)
+        shells = Shells(
+            ca_file=options.ca_file,
+            resolve=dict(options.resolve),
+            proofs=proofs,
+            cache_entries=options.cache_entries,
+            cache_bytes=options.cache_size * 1024 * 1024,
+        )
         return shells.make_plugin(max_deadline_ms=int(options.deadline * 1000))
 
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+from weakref import ref
 
 from kong_token_exchange.ports import Clock, ExchangedToken, KeySource
 
@@ -21,7 +22,7 @@ from kong_token_exchange.ports import Clock, ExchangedToken, KeySource
 # the caches' order of use and refreshes keys.
 LEASE_S = 10.0
 
-# As many as the caches behind hold; a lease that is over goes when the next one is given.
+# As many as the caches behind hold by default; a lease that is over goes when the next one is given.
 MAX_LEASES = 10_000
 
 Encoded = TypeVar("Encoded")
@@ -49,8 +50,9 @@ class _Lease(Generic[Encoded]):
     ends: float
     ends_monotonic: float
     generation: int
-    exchanged: ExchangedToken
-    answer: Encoded
+    # Weak: what the cache has pushed out must not live on here, nor what was encoded from it.
+    exchanged: ref[ExchangedToken]
+    answer: Encoded | None
     count: Callable[[], None]
 
 
@@ -70,13 +72,14 @@ class Leases(Generic[Encoded]):
         lease = self._leases.get(key)
         if (
             lease is not None
+            and (exchanged := lease.exchanged()) is not None
             and lease.begins <= self._now() < lease.ends
             and self._monotonic() < lease.ends_monotonic
             and lease.generation == self._keys.generation
-            and not lease.exchanged.dropped
+            and not exchanged.dropped
         ):
             lease.count()
-            return lease.answer
+            return lease.answer or exchanged.rendered
         return None
 
     def give(self, key: bytes, terms: Terms, answer: Encoded, count: Callable[[], None]) -> None:
@@ -85,10 +88,18 @@ class Leases(Generic[Encoded]):
         leases.pop(key, None)
         now = self._monotonic()
         while leases:
-            oldest = next(iter(leases))
-            if len(leases) < self._max_leases and leases[oldest].ends_monotonic > now:
+            oldest, lease = next(iter(leases.items()))
+            over = lease.ends_monotonic <= now or lease.exchanged() is None
+            if len(leases) < self._max_leases and not over:
                 break
             del leases[oldest]
+        exchanged = terms.exchanged
         leases[key] = _Lease(
-            terms.begins, terms.ends, terms.ends_monotonic, terms.generation, terms.exchanged, answer, count
+            terms.begins,
+            terms.ends,
+            terms.ends_monotonic,
+            terms.generation,
+            ref(exchanged),
+            None if answer is exchanged.rendered else answer,
+            count,
         )

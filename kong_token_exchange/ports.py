@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kong_token_exchange.core.claims import Claims
 from kong_token_exchange.core.jwk import JwkSet
@@ -117,7 +117,7 @@ class VerifiedToken:
     fingerprint: bytes | None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, weakref_slot=True, kw_only=True)
 class ExchangedToken:
     """
     An exchanged token that was proven, and until when it may be handed out again.
@@ -137,7 +137,7 @@ class ExchangedToken:
     fingerprint: bytes | None = field(default=None, repr=False)
     refresh_at_monotonic: float = math.inf
     refresh_wait_s: float = 5.0
-    rendered: object = field(default=None, repr=False)
+    rendered: Any = field(default=None, repr=False)
     dropped: bool = False
 
 

@@ -34,7 +34,7 @@ from kong_token_exchange.shell.key_source import IssuerKeySource
 from kong_token_exchange.shell.proof_memory import SharedProofMemory
 from kong_token_exchange.shell.refresher import BackgroundRefresher
 from kong_token_exchange.shell.secret_file import SecretFile
-from kong_token_exchange.shell.token_cache import MemoryTokenCache
+from kong_token_exchange.shell.token_cache import MAX_BYTES, MAX_ENTRIES, MemoryTokenCache
 
 
 class Shells:
@@ -45,6 +45,11 @@ class Shells:
         ca_file: Default for configurations without a `ca_file` of their own.
         resolve: `host:port` to (address, port), for trying and testing.
         proofs: The memory that the workers of one server share, made before they were forked.
+        cache_entries: Most tokens in each part of the cache, verified and exchanged.
+        cache_bytes: Most estimated bytes in both parts together.
+
+    Raises:
+        ValueError: a bound of the cache below 1.
     """
 
     def __init__(
@@ -53,12 +58,18 @@ class Shells:
         ca_file: str | None = None,
         resolve: Mapping[str, tuple[str, int]] | None = None,
         proofs: SharedProofMemory | None = None,
+        cache_entries: int = MAX_ENTRIES,
+        cache_bytes: int = 2 * MAX_BYTES,
     ) -> None:
+        if min(cache_entries, cache_bytes) < 1:
+            raise ValueError("the cache needs room for one entry at least")
         self.clock = SystemClock()
         self.proofs = proofs or SharedProofMemory(now=self.clock.now())
         self.metrics = CountingMetrics()
         self.audit = AuditLog(self.clock)
-        self.cache = MemoryTokenCache(self.clock, metrics=self.metrics)
+        self.cache = MemoryTokenCache(
+            self.clock, metrics=self.metrics, max_entries=cache_entries, max_bytes=cache_bytes // 2
+        )
         self.refresher = BackgroundRefresher()
         self._ca_file = ca_file
         self._resolve = dict(resolve or {})

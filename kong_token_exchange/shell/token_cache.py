@@ -100,6 +100,18 @@ class MemoryTokenCache:
         if entry is not None:
             entry.dropped = True
 
+    def sizes(self) -> dict[str, int]:
+        """Return the entries of each part and their estimated bytes, and how many exchanges are under way."""
+        with self._lock:
+            return {
+                "exchanged_entries": len(self._exchanged),
+                "exchanged_bytes": int(self._exchanged.currsize),
+                "verified_entries": len(self._verified),
+                "verified_bytes": int(self._verified.currsize),
+                "refusals": len(self._refusals),
+                "flights": len(self._flights),
+            }
+
     def refusal(self, key: bytes) -> RejectionError | None:
         """Return the issuer's refusal of a moment ago, made anew, or None."""
         with self._lock:

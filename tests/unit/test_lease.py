@@ -263,8 +263,11 @@ def test_answers_are_bounded_and_those_that_are_over_go() -> None:
     clock = FakeClock()
     leases: Leases[str] = Leases(clock, FakeKeySource({}), max_leases=2)
 
+    kept = []
+
     def give(key: bytes, seconds: float) -> None:
-        leases.give(key, _terms(clock, seconds), key.decode(), lambda: None)
+        kept.append(_terms(clock, seconds))
+        leases.give(key, kept[-1], key.decode(), lambda: None)
 
     give(b"a", 5)
     give(b"b", 5)
@@ -274,6 +277,24 @@ def test_answers_are_bounded_and_those_that_are_over_go() -> None:
     clock.advance(5)
     give(b"d", 5)
     assert [b"d"] == list(leases._leases)
+
+
+def test_cache_17_an_answer_does_not_outlive_the_entry_that_it_was_made_from() -> None:
+    clock = FakeClock()
+    leases: Leases[str] = Leases(clock, FakeKeySource({}))
+    kept = [_terms(clock, 5) for _ in range(3)]
+    for number, terms in enumerate(kept):
+        terms.exchanged.rendered = f"answer {number}"
+        leases.give(bytes([number]), terms, terms.exchanged.rendered, lambda: None)
+    assert ["answer 0", "answer 1", "answer 2"] == [leases.find(bytes([number])) for number in range(3)]
+
+    # As the cache pushes out what was not used for longest; nothing here keeps it alive.
+    del kept[:2], terms
+    assert [None, None, "answer 2"] == [leases.find(bytes([number])) for number in range(3)]
+    # And the next one that is given takes along what is over.
+    other = _terms(clock, 5)
+    leases.give(b"other", other, "other", lambda: None)
+    assert [bytes([2]), b"other"] == list(leases._leases)
 
 
 def test_the_key_source_says_how_long_its_sets_stand_and_when_one_came() -> None:
