@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NoReturn, Protocol
-from urllib.parse import urlencode
+from urllib.parse import quote_plus, urlencode
 
 from kong_token_exchange.core.strict_json import Json, JsonError, parse_json_object
 from kong_token_exchange.errors import (
@@ -102,17 +103,30 @@ def build_exchange_request(
 
     Source: RFC 8693 section 2.1; RFC 7523 section 2.1.
     """
-    form: list[tuple[str, str]]
-    if parameters.grant_type == "jwt_bearer":
-        form = [("grant_type", GRANT_JWT_BEARER), ("assertion", subject_token)]
-    else:
-        form = [
-            ("grant_type", GRANT_TOKEN_EXCHANGE),
-            ("subject_token", subject_token),
-            ("subject_token_type", subject_token_type),
-        ]
-        if actor is not None:
-            form += [("actor_token", actor.token), ("actor_token_type", actor.token_type)]
+    jwt_bearer = parameters.grant_type == "jwt_bearer"
+    head = _JWT_BEARER_HEAD if jwt_bearer else _TOKEN_EXCHANGE_HEAD
+    form = head + quote_plus(subject_token) + _constant_form(parameters, subject_token_type)
+    if actor is not None and not jwt_bearer:
+        form += "&" + urlencode([("actor_token", actor.token), ("actor_token_type", actor.token_type)])
+    headers = {
+        **dict(parameters.extra_headers),
+        "Accept": "application/json",
+        "Content-Type": "application/x-www-form-urlencoded",
+    }
+    return HttpRequest(method="POST", url=token_endpoint, headers=headers, body=form.encode("ascii"))
+
+
+_TOKEN_EXCHANGE_HEAD = urlencode({"grant_type": GRANT_TOKEN_EXCHANGE, "subject_token": ""})
+_JWT_BEARER_HEAD = urlencode({"grant_type": GRANT_JWT_BEARER, "assertion": ""})
+
+
+# One for each plugin configuration and type of subject token.
+@lru_cache(1024)
+def _constant_form(parameters: ExchangeParameters, subject_token_type: str) -> str:
+    """Return what every request says alike, form-encoded, to be appended."""
+    form = []
+    if parameters.grant_type != "jwt_bearer":
+        form.append(("subject_token_type", subject_token_type))
         if parameters.requested_token_type:
             form.append(("requested_token_type", parameters.requested_token_type))
     form += [("audience", value) for value in parameters.audience]
@@ -120,14 +134,7 @@ def build_exchange_request(
     if parameters.scopes:
         form.append(("scope", " ".join(parameters.scopes)))
     form += parameters.extra_parameters
-    headers = {
-        **dict(parameters.extra_headers),
-        "Accept": "application/json",
-        "Content-Type": "application/x-www-form-urlencoded",
-    }
-    return HttpRequest(
-        method="POST", url=token_endpoint, headers=headers, body=urlencode(form).encode("ascii")
-    )
+    return "&" + urlencode(form) if form else ""
 
 
 def process_exchange_response(

@@ -12,7 +12,7 @@ Source: docs/adr/0005-caching.md; docs/threats.md CACHE rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Generic, TypeVar
@@ -316,15 +316,23 @@ def weigh(value: object) -> int:
         item = stack.pop()
         if isinstance(item, str):
             size += _STR_BYTES + len(item)
-        elif isinstance(item, dict):
-            size += _DICT_BYTES + _MEMBER_BYTES * len(item)
-            stack += item.values()
-            stack += item
+            continue
+        values: Iterable[object]
+        if isinstance(item, dict):
+            size += _DICT_BYTES + (_MEMBER_BYTES + _STR_BYTES) * len(item) + sum(map(len, item))
+            values = item.values()
         elif isinstance(item, list):
             size += _LIST_BYTES + _ITEM_BYTES * len(item)
-            stack += item
+            values = item
         else:
             size += _NUMBER_BYTES
+            continue
+        # Most of what tokens hold is text, which needs no turn of its own.
+        for inner in values:
+            if type(inner) is str:
+                size += _STR_BYTES + len(inner)
+            else:
+                stack.append(inner)
     return size
 
 
