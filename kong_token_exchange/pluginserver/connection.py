@@ -5,6 +5,7 @@ One connection with Kong: bytes in, bytes and actions out, no I/O.
     IDLE        a command of Kong, or the answers still due to calls that were pipelined
     WAIT_REPLY  the answers to the facts an instance wants first
     OFF_LOOP    a pool thread that runs `access`, and the answers to its calls
+    PARKED      the `access` of another event with the same facts
     DRAINING    the end of file that follows an exit; what arrives is thrown away
     DEAD        nothing
 
@@ -21,14 +22,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from kong_token_exchange.errors import LocalProtocolError, RemoteProtocolError
 from kong_token_exchange.pluginserver import wire
-from kong_token_exchange.pluginserver.contract import Outcome, PluginType
+from kong_token_exchange.pluginserver.contract import Facts, Outcome, PluginType
 from kong_token_exchange.pluginserver.faults import FaultLog, Faults
 from kong_token_exchange.pluginserver.instances import Instance, InstanceRegistry
 
@@ -62,6 +63,7 @@ class State(StrEnum):
     IDLE = "idle"
     WAIT_REPLY = "wait_reply"
     OFF_LOOP = "off_loop"
+    PARKED = "parked"
     DRAINING = "draining"
     DEAD = "dead"
 
@@ -73,6 +75,7 @@ class Trigger(StrEnum):
     EVENT = "event"  # an event on a known instance
     REFUSE = "refuse"  # an event on an unknown instance; a start that cannot be carried out
     OFFLOAD = "offload"  # `warm` said None
+    PARK = "park"  # an event with the same facts is in the pool
     SUCCEED = "succeed"
     EXIT = "exit"
     GONE = "gone"  # end of file, ECONNRESET, EPIPE: Kong has left
@@ -80,6 +83,7 @@ class Trigger(StrEnum):
 
 
 _IDLE, _WAIT, _OFF, _DRAIN, _DEAD = State.IDLE, State.WAIT_REPLY, State.OFF_LOOP, State.DRAINING, State.DEAD
+_PARKED = State.PARKED
 _EVENT, _SUCCEED, _EXIT, _OFFLOAD = Trigger.EVENT, Trigger.SUCCEED, Trigger.EXIT, Trigger.OFFLOAD
 
 TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = {
@@ -101,6 +105,14 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = {
     _OFF: {
         Trigger.SUCCEED: _IDLE,
         Trigger.EXIT: _DRAIN,
+        Trigger.PARK: _PARKED,
+        Trigger.GONE: _DEAD,
+        Trigger.CLOSE: _DEAD,
+    },
+    _PARKED: {
+        Trigger.SUCCEED: _IDLE,
+        Trigger.EXIT: _DRAIN,
+        Trigger.OFFLOAD: _OFF,
         Trigger.GONE: _DEAD,
         Trigger.CLOSE: _DEAD,
     },
@@ -114,10 +126,15 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunAccess:
-    """Run `access` of *instance* in a pool thread; *replies* are its prefetched answers, encoded."""
+    """
+    Run `access` of *instance* in a pool thread, or park the event.
+
+    *replies* are its prefetched answers as Kong encoded them, *facts* the same decoded.
+    """
 
     instance: Instance
     replies: tuple[bytes, ...]
+    facts: Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +146,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """The event is over without the pool thread: its next call must raise."""
+    """The event is over without the pool thread, whose next call must raise; or it is parked no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +320,7 @@ class Connection:
                 replies.append(payload)
                 if len(replies) == self._wanted:
                     out += self._decide()
-            elif self.state is _OFF:
+            elif self.state is _OFF or self.state is _PARKED:
                 out += self._pool_reply(payload)
         if position < size:
             out += self._hold(data, position)
@@ -421,13 +438,18 @@ class Connection:
         if outcome is None:
             self._go(_OFFLOAD)
             self._awaited = False
-            self.actions.append(RunAccess(instance, tuple(replies)))
+            self.actions.append(RunAccess(instance, tuple(replies), facts))
+            self._replies = []
             return b""
         if type(outcome) is not Outcome:
-            kind = type(outcome).__qualname__
-            self._host.log.note(f"warm of {instance.name} returned {kind}, not an Outcome")
-            outcome = self._host.faults.server_error
+            outcome = self._no_outcome(outcome)
         return self._finish(outcome)
+
+    def _no_outcome(self, value: object) -> Outcome:
+        instance = self._instance
+        name = instance.name if instance is not None else ""
+        self._host.log.note(f"warm of {name} returned {type(value).__qualname__}, not an Outcome")
+        return self._host.faults.server_error
 
     def _finish(self, outcome: Outcome) -> bytes:
         self._instance = None
@@ -465,12 +487,12 @@ class Connection:
 
     def finish(self, outcome: Outcome) -> bytes:
         """
-        End the event that is in the pool.
+        End the event that is in the pool or parked.
 
         Raises:
-            LocalProtocolError: no event is in the pool, or a call is waited for.
+            LocalProtocolError: no event is there, or a call is waited for.
         """
-        if self.state is not _OFF or self._awaited:
+        if self.state is not _PARKED and (self.state is not _OFF or self._awaited):
             raise LocalProtocolError(reason="finish_out_of_turn")
         return self._finish(outcome)
 
@@ -485,6 +507,52 @@ class Connection:
             raise LocalProtocolError(reason="overrule_out_of_turn")
         self.actions.append(_ABANDON)
         return self._finish(outcome)
+
+    # --- the event that waits for another one's access --------------------------------
+
+    def park(self) -> None:
+        """
+        Let the event wait where it would have gone to the pool.
+
+        Raises:
+            LocalProtocolError: no event is on its way to the pool.
+        """
+        if self.state is not _OFF or self._awaited:
+            raise LocalProtocolError(reason="park_out_of_turn")
+        self._go(Trigger.PARK)
+
+    def unpark(self) -> None:
+        """
+        Send the parked event on to the pool.
+
+        Raises:
+            LocalProtocolError: no event is parked.
+        """
+        if self.state is not _PARKED:
+            raise LocalProtocolError(reason="park_out_of_turn")
+        self._go(_OFFLOAD)
+
+    def settle(self, facts: Facts, again: Callable[[], Outcome | None] | None) -> bytes | None:
+        """
+        Ask again for the parked event what `warm` says, then *again*; return the bytes of its end.
+
+        None, and still parked, where neither has an answer.
+
+        Raises:
+            LocalProtocolError: no event is parked.
+        """
+        instance = self._instance
+        if self.state is not _PARKED or instance is None:
+            raise LocalProtocolError(reason="park_out_of_turn")
+        try:
+            outcome = instance.warm(facts)
+            if outcome is None and again is not None:
+                outcome = again()
+        except BaseException as error:  # noqa: BLE001 - whatever is raised, the event must end
+            return self._fault("a shared answer failed", error)
+        if outcome is None:
+            return None
+        return self._finish(outcome if type(outcome) is Outcome else self._no_outcome(outcome))
 
     def _pool_reply(self, payload: bytes) -> bytes:
         if not self._awaited:
@@ -508,7 +576,7 @@ class Connection:
         """End whatever runs with the constant 500: for a fault in the owner of this connection."""
         if self.state in (_DRAIN, _DEAD):
             return b""
-        if self.state is _OFF:
+        if self.state in (_OFF, _PARKED):
             self.actions.append(_ABANDON)
         return self._finish(self._host.faults.server_error)
 
@@ -523,7 +591,7 @@ class Connection:
     def _end(self, trigger: Trigger) -> None:
         if self.state is _DEAD:
             return
-        if self.state is _OFF:
+        if self.state in (_OFF, _PARKED):
             self.actions.append(_ABANDON)
         self._go(trigger)
         self.actions.append(_CLOSE)
@@ -542,7 +610,7 @@ class Connection:
             # No event is that long, so it was an instance start.
             self._host.log.note("a command above the size limit was refused")
             return self._refuse()
-        if self.state is _OFF:
+        if self.state in (_OFF, _PARKED):
             self.actions.append(_ABANDON)
         elif self.state is not _WAIT:
             return b""

@@ -7,6 +7,9 @@ them in one write and asks `warm`, which answers from memory: an `Outcome`, or N
 when it would have to wait. None sends the event to a pool thread, where `access`
 runs as plain synchronous code.
 
+Where many events with the same facts come at once, an instance may let one `access` do for
+all of them: see `Coalescing`.
+
 An `Outcome` is the encoded end of an event. Build it once, keep it in a cache and
 hand out the same object for every hit: nothing is encoded per request.
 
@@ -16,7 +19,7 @@ hand out the same object for every hit: nothing is encoded per request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -208,6 +211,39 @@ class PluginInstance(Protocol):
 
     def close(self) -> None:
         """Let go of everything; no event runs on this instance any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """
+    How long an event may wait for the `access` of another one with the same facts.
+
+    Args:
+        within_s: Seconds, counted from its arrival; the server's own deadline is the limit.
+        overdue: Makes the answer when that is over, from the event's facts; runs on the loop, like `warm`.
+    """
+
+    within_s: float
+    overdue: Callable[[Facts], Outcome]
+
+
+class Coalescing(Protocol):
+    """
+    What an instance may offer beside `PluginInstance`; found by the method's name.
+
+    While one event of the instance is in the pool, others with the very same facts are parked and
+    hold no thread. When its `access` is through, each of them is asked through `warm` again. For
+    those that memory cannot answer even then, `access` may have called `kong.share(again)` before
+    its end: `again()` makes the answer of one more event, runs on the loop, like `warm`, and
+    returns None where that event must run by itself. An exception in `access` is 500 for all.
+    Without either, the one that came last runs, and the others wait for it.
+
+    Only an `access` that asked Kong for nothing but the facts can be shared: as soon as it does,
+    the others run by themselves.
+    """
+
+    def coalesce(self, facts: Facts) -> Patience | None:
+        """Say how long an event with these facts may be parked; None for "it must run by itself"."""
 
 
 class PluginType(Protocol):

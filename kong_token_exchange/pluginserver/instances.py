@@ -26,7 +26,14 @@ from typing import Protocol
 
 from kong_token_exchange.errors import RemoteProtocolError
 from kong_token_exchange.pluginserver import wire
-from kong_token_exchange.pluginserver.contract import Facts, Fetch, Outcome, PluginInstance, PluginType
+from kong_token_exchange.pluginserver.contract import (
+    Facts,
+    Fetch,
+    Outcome,
+    Patience,
+    PluginInstance,
+    PluginType,
+)
 from kong_token_exchange.pluginserver.faults import FaultLog
 from kong_token_exchange.pluginserver.pdk import Kong
 
@@ -71,6 +78,7 @@ class Instance:
     __slots__ = (
         "access",
         "close",
+        "coalesce",
         "decoders",
         "digest",
         "failed",
@@ -98,6 +106,7 @@ class Instance:
         self.warm: Callable[[Facts], Outcome | None] = plugin.warm
         self.access: Callable[[Kong], None] = plugin.access
         self.close: Callable[[], None] = plugin.close
+        self.coalesce: Callable[[Facts], Patience | None] | None = getattr(plugin, "coalesce", None)
         self.prefetch_frames = b"".join(method.call(argument) for method, argument in resolved)
         self.decoders = tuple(method.result.decode for method, _ in resolved)
         self.fetches = tuple((method.name, argument) for method, argument in resolved)

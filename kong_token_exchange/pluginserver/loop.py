@@ -3,9 +3,10 @@ The loop that owns all sockets of one process.
 
 One thread, level-triggered epoll, one `recv` and one `send` per step of an event.
 Events answered from memory never leave it; the others go to the pool and come
-back as posts over a socket pair. Everything it waits for waits equally long per
-kind (deadline, end of file after an exit, grace of an instance), so a timer is a
-`deque` and costs nothing on the warm path.
+back as posts over a socket pair, or are parked while another one with the same
+facts is there. No timer costs anything on the warm path: what waits for the end of
+file after an exit waits equally long and stands in a `deque`, and the deadlines of
+cold events, which differ, stand in a heap.
 
 It takes a listening socket, or connections that another process accepted
 (`adopt`), or both.
@@ -14,6 +15,8 @@ It takes a listening socket, or connections that another process accepted
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import select
 import socket
@@ -32,9 +35,10 @@ from kong_token_exchange.pluginserver.connection import (
     RunAccess,
     State,
 )
-from kong_token_exchange.pluginserver.contract import Outcome
+from kong_token_exchange.pluginserver.contract import Facts, Outcome, Patience
 from kong_token_exchange.pluginserver.faults import FaultLog
 from kong_token_exchange.pluginserver.offload import Access, Called, Ended, Idle, Pool, Post
+from kong_token_exchange.pluginserver.parking import MAX_PARKED, Group, Parking
 
 # What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
 RECV_BYTES = 64 * 1024
@@ -55,6 +59,10 @@ DRAIN_S = 5.0
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
 
 _ACCEPTS_PER_WAKE = 64
+
+# Parked events that land in one round, by number and by time: what is warm goes on in between.
+SLICE_EVENTS = 64
+SLICE_S = 0.001
 
 # Failed rounds in a row after which the process gives up; a round that works starts anew.
 _MAX_FAILURES = 100
@@ -96,6 +104,8 @@ class Stats:
     faults: int
     refused_full: int
     timed_out: int
+    parked: int
+    shared: int
 
 
 class Loop:
@@ -105,7 +115,8 @@ class Loop:
     Args:
         host: The plugin and its instances.
         make_pool: Makes the pool, given where its threads post; called once.
-        deadline_s: How long an event may be in the pool.
+        deadline_s: How long an event may be in the pool, counted from its arrival.
+        max_parked: How many events may wait for another one's `access`.
     """
 
     def __init__(
@@ -117,6 +128,7 @@ class Loop:
         linger_s: float = LINGER_S,
         drain_s: float = DRAIN_S,
         house_s: float = HOUSE_S,
+        max_parked: int = MAX_PARKED,
         log: FaultLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -140,7 +152,9 @@ class Loop:
         # What else is read from: the wake-up, the listener, a supervisor's control socket.
         self._watched: dict[int, Callable[[], None]] = {}
         self.watch(self._wake_receive, self._on_wake)
-        self._deadlines: deque[tuple[float, Access]] = deque()
+        self._parking = Parking(max_parked)
+        self._deadlines: list[tuple[float, int, Access]] = []
+        self._order = itertools.count()
         self._lingering: deque[tuple[float, Peer]] = deque()
         self._house_s = house_s
         self._now = clock()
@@ -149,6 +163,7 @@ class Loop:
         self._stop_asked = False
         self._refused_full = 0
         self._timed_out = 0
+        self._shared = 0
 
     # --- from anywhere ----------------------------------------------------------------
 
@@ -184,6 +199,8 @@ class Loop:
             faults=self._log.total,
             refused_full=self._refused_full,
             timed_out=self._timed_out,
+            parked=self._parking.parked,
+            shared=self._shared,
         )
 
     # --- sockets in -------------------------------------------------------------------
@@ -352,23 +369,53 @@ class Loop:
                     if peer.access is not None:
                         peer.access.deliver(reply)
                 case Abandon():
-                    if peer.access is not None:
-                        peer.access.abandon()
-                        peer.access = None
+                    access, peer.access = peer.access, None
+                    if access is not None:
+                        self._abandon(access)
                 case Linger():
                     self._lingering.append((self._clock() + self._linger_s, peer))
                 case Close():
                     self._drop(peer)
 
     def _offload(self, peer: Peer, action: RunAccess) -> None:
-        access = Access(action.instance, action.replies, peer, self.post)
-        if self._pool.submit(access):
+        instance, facts = action.instance, action.facts
+        access = Access(instance, action.replies, peer, self.post, received_at=self._clock())
+        patience = instance.coalesce(facts) if instance.coalesce is not None else None
+        self._run_or_park(peer, access, facts, patience)
+
+    def _run_or_park(self, peer: Peer, access: Access, facts: Facts, patience: Patience | None) -> None:
+        group = self._parking.find(access) if patience is not None else None
+        if group is not None and patience is not None:
+            if self._parking.park(access, group):
+                peer.access = access
+                peer.connection.park()
+                self._watch(access, min(patience.within_s, self._deadline_s))
+                return
+        elif self._pool.submit(access):
             peer.access = access
-            self._deadlines.append((self._clock() + self._deadline_s, access))
+            self._watch(access, self._deadline_s)
+            if patience is not None:
+                self._parking.lead(access, facts, patience)
             return
         self._refused_full += 1
         self._log.note("the pool is full: answering 503", level=logging.WARNING)
+        peer.access = None
+        # It may have a deadline, from when it was parked.
+        access.forget()
         self._end(peer, self._host.faults.overloaded)
+
+    def _watch(self, access: Access, seconds: float) -> None:
+        """Let *access* expire so long after its arrival; a second call may only make it later."""
+        first = not access.expires_at
+        access.expires_at = access.received_at + seconds
+        if first:
+            heapq.heappush(self._deadlines, (access.expires_at, next(self._order), access))
+
+    def _abandon(self, access: Access) -> None:
+        if self._parking.leave(access):
+            access.forget()
+        else:
+            access.abandon()
 
     def _end(self, peer: Peer, outcome: Outcome) -> None:
         out = peer.connection.overrule(outcome)
@@ -401,7 +448,11 @@ class Loop:
             if access.ended:
                 return  # told twice: the first post had only half failed
             self._pool.ended(access)
+            self._parking.end(access, self._fail_too if access.failed else access.again)
             access.forget()
+        else:
+            # What it asks Kong for may differ from one event to the next.
+            self._parking.end(access, alone=True)
         if over:
             return
         assert isinstance(peer, Peer)  # `_offload` put it there
@@ -416,12 +467,62 @@ class Loop:
         except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
             self._on_fault(peer, error)
 
+    # --- events that waited for another one's access ----------------------------------
+
+    def _fail_too(self) -> Outcome:
+        return self._host.faults.server_error
+
+    def _land(self) -> None:
+        """Let some of those land whose owner is through."""
+        end = self._clock() + SLICE_S
+        for _ in range(SLICE_EVENTS):
+            found = self._parking.next()
+            if found is None:
+                return
+            self._settle(*found)
+            if self._clock() >= end:
+                return
+
+    def _settle(self, group: Group, access: Access) -> None:
+        peer = access.owner
+        assert isinstance(peer, Peer)  # `_offload` put it there
+        try:
+            out = peer.connection.settle(group.facts, group.again)
+            if out is None:
+                peer.connection.unpark()
+                self._run_or_park(peer, access, group.facts, None if group.alone else group.patience)
+            else:
+                self._shared += 1
+                peer.access = None
+                access.forget()
+                self._write(peer, out)
+            self._act(peer)
+        except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
+            self._on_fault(peer, error)
+
+    def _give_up(self, access: Access, group: Group) -> None:
+        """End a parked event that has waited for too long."""
+        peer = access.owner
+        assert isinstance(peer, Peer)  # `_offload` put it there
+        self._parking.leave(access)
+        peer.access = None
+        access.forget()
+        self._timed_out += 1
+        try:
+            self._write(peer, peer.connection.finish(group.patience.overdue(group.facts)))
+            self._act(peer)
+        except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
+            self._on_fault(peer, error)
+
     # --- time -------------------------------------------------------------------------
 
     def _timeout(self) -> float:
         soonest = self._next_house
-        if self._deadlines and self._deadlines[0][0] < soonest:
-            soonest = self._deadlines[0][0]
+        if self._deadlines:
+            # A parked event has a deadline, so this is asked only while there are some.
+            if self._parking.is_landing:
+                return 0.0
+            soonest = min(soonest, self._deadlines[0][0])
         if self._lingering and self._lingering[0][0] < soonest:
             soonest = self._lingering[0][0]
         if self._stop_at is not None and self._stop_at < soonest:
@@ -430,8 +531,10 @@ class Loop:
 
     def _check_timers(self, now: float) -> None:
         deadlines, lingering = self._deadlines, self._lingering
-        while deadlines and (deadlines[0][1].ended or deadlines[0][0] <= now):
-            self._expire(deadlines.popleft()[1])
+        if self._parking.is_landing:
+            self._land()
+        while deadlines and (deadlines[0][2].ended or deadlines[0][0] <= now):
+            self._expire(heapq.heappop(deadlines)[2], now)
         while lingering and (lingering[0][0] <= now or lingering[0][1].connection.state is State.DEAD):
             peer = lingering.popleft()[1]
             if peer.unsent:
@@ -443,9 +546,19 @@ class Loop:
         if self._stop_asked:
             self._begin_stop(now)
 
-    def _expire(self, access: Access) -> None:
+    def _expire(self, access: Access, now: float) -> None:
         if access.ended:
             return
+        if access.expires_at > now:
+            # It was parked until now, and is in the pool since.
+            heapq.heappush(self._deadlines, (access.expires_at, next(self._order), access))
+            return
+        group = self._parking.group_of(access)
+        if group is not None and group.owner is not access:
+            self._give_up(access, group)
+            return
+        # Nobody waits longer for a thread that hangs.
+        self._parking.end(access)
         if not access.over:
             peer = access.owner
             assert isinstance(peer, Peer)  # `_offload` put it there

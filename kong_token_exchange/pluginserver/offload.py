@@ -94,8 +94,11 @@ class Access:
         "_known",
         "_post",
         "_replies",
+        "again",
         "ended",
         "exit_outcome",
+        "expires_at",
+        "failed",
         "instance",
         "lost",
         "over",
@@ -106,19 +109,28 @@ class Access:
     )
 
     def __init__(
-        self, instance: Instance, prefetched: tuple[bytes, ...], owner: object, post: Callable[[Post], None]
+        self,
+        instance: Instance,
+        prefetched: tuple[bytes, ...],
+        owner: object,
+        post: Callable[[Post], None],
+        *,
+        received_at: float | None = None,
     ) -> None:
         self.instance = instance
         self.prefetched = prefetched
         # When the event could not be answered from memory: waiting for a thread counts, too.
-        self.received_at = time.monotonic()
+        self.received_at = time.monotonic() if received_at is None else received_at
         # What the loop wants back with the posts; the pool does not look at it.
         self.owner = owner
         # Written by the loop, read by the thread.
         self.over = False
         # Written by the thread, read by the loop.
         self.started = False
+        self.failed = False
+        self.again: Callable[[], Outcome | None] | None = None
         # The loop's own notes.
+        self.expires_at = 0.0
         self.ended = False
         self.lost = False
         self.exit_outcome: Outcome | None = None
@@ -144,6 +156,7 @@ class Access:
         """Let go of what the request said; the loop keeps the event a while for its timers."""
         self.ended = True
         self.owner = None
+        self.again = None
         self.prefetched = ()
         self._known = {}
         self._frames = bytearray()
@@ -200,6 +213,10 @@ class Access:
         self._check_open()
         self.exit_outcome = Outcome(bytes(self._frames) + _EXIT.call(argument), self._replies, status)
         raise EventOverError
+
+    def share(self, again: Callable[[], Outcome | None]) -> None:
+        """Offer what answers the events that wait for this one."""
+        self.again = again
 
     def success(self) -> Outcome:
         """Return the outcome of an `access` that came to its end."""
@@ -383,11 +400,12 @@ class Pool:
         try:
             if not access.over:
                 access.prepare()
-                access.instance.access(Kong(access, received_at=access.received_at))
+                access.instance.access(Kong(access, received_at=access.received_at, share=access.share))
                 outcome = access.success()
         except EventOverError:
             pass
         except BaseException as error:  # noqa: BLE001 - SystemExit and its like must end the event too
+            access.failed = True
             self._log.raised("access failed", error)
         # An exit stands, even if the plugin swallowed what `exit` raised.
         return access.exit_outcome or outcome

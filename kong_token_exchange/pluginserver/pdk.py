@@ -561,6 +561,8 @@ class Kong:
     Args:
         caller: Carries the calls.
         received_at: Monotonic instant at which the event arrived, seconds; None where nobody says.
+        share: Takes what answers other events with the same facts (`contract.Coalescing`); None where
+            no event waits for another.
     """
 
     __slots__ = (
@@ -574,10 +576,18 @@ class Kong:
         "response",
         "router",
         "service",
+        "share",
     )
 
-    def __init__(self, caller: Caller, *, received_at: float | None = None) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        *,
+        received_at: float | None = None,
+        share: Callable[[Callable[[], Any]], None] | None = None,
+    ) -> None:
         self.received_at = received_at
+        self.share = share
         self.client = Client(caller)
         self.ctx = Ctx(caller)
         self.log = Log(caller)

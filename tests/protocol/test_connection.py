@@ -620,12 +620,138 @@ def test_pool_cannot_call_twice_nor_end_while_it_waits_nor_overrule_with_a_succe
             act()
 
 
+# --- the event that waits for another one's access ------------------------------------
+
+
+def parked() -> Seen:
+    seen = Pooled()
+    seen.connection.park()
+    return seen
+
+
+def test_the_facts_go_along_decoded_and_encoded() -> None:
+    seen = Seen(None)
+    feed(seen.connection, event_of(seen.instance_id) + ANSWER)
+    (action,) = seen.connection.actions
+
+    assert isinstance(action, RunAccess)
+    assert (("Bearer OLD",), (ANSWER[4:],)) == (tuple(action.facts), action.replies)
+
+
+def test_parked_event_ends_with_what_warm_says_by_now() -> None:
+    seen = parked()
+    seen.outcome = REPLACED
+
+    assert ending(REPLACED) == seen.connection.settle(["Bearer OLD"], proceed)
+    assert (State.IDLE, ["Bearer OLD"]) == (seen.connection.state, seen.facts[-1])
+
+
+def test_parked_event_ends_with_what_is_shared_where_warm_says_nothing() -> None:
+    seen = parked()
+
+    assert REFUSED.frames == seen.connection.settle(["Bearer OLD"], lambda: REFUSED)
+    assert (State.DRAINING, [Linger()]) == (seen.connection.state, seen.connection.actions)
+
+
+@pytest.mark.parametrize("again", [None, lambda: None], ids=["nothing-shared", "not-for-this-one"])
+def test_parked_event_without_an_answer_goes_to_the_pool(again: Any) -> None:
+    seen = parked()
+
+    assert seen.connection.settle([], again) is None
+    assert State.PARKED == seen.connection.state
+    seen.connection.unpark()
+    assert State.OFF_LOOP == seen.connection.state
+    assert ending(REPLACED) == seen.connection.finish(REPLACED)
+
+
+@pytest.mark.parametrize("value", ["text", 1, True])
+def test_shared_answer_that_is_no_outcome_is_500(value: Any) -> None:
+    seen = parked()
+
+    assert seen.bench.faults.server_error.frames == seen.connection.settle([], lambda: value)
+    assert any(f"returned {type(value).__name__}, not an Outcome" in line for line in seen.bench.lines.lines)
+
+
+@pytest.mark.parametrize("error", [ValueError("MARKED"), SystemExit("MARKED"), MemoryError("MARKED")])
+def test_whatever_a_shared_answer_raises_is_500(error: BaseException) -> None:
+    seen = parked()
+
+    def again() -> Outcome:
+        raise error
+
+    assert seen.bench.faults.server_error.frames == seen.connection.settle([], again)
+    assert "a shared answer failed" in seen.bench.lines
+    assert "MARKED" not in seen.bench.lines
+
+
+def test_parked_event_can_be_ended_by_its_deadline() -> None:
+    connection = parked().connection
+
+    assert REFUSED.frames == connection.finish(REFUSED)
+    assert State.DRAINING == connection.state
+
+
+def test_end_of_file_lets_the_parked_event_go() -> None:
+    connection = parked().connection
+    connection.gone()
+
+    assert (State.DEAD, [Abandon(), Close()]) == (connection.state, connection.actions)
+
+
+def test_bytes_nobody_asked_for_end_the_parked_event() -> None:
+    seen = parked()
+
+    assert seen.bench.faults.server_error.frames == seen.connection.receive(ANSWER)
+    assert [Abandon(), Linger()] == seen.connection.actions
+
+
+def test_over_long_bytes_end_the_parked_event_with_400() -> None:
+    seen = Limited(None)
+    connection = seen.connection
+    feed(connection, event_of(seen.instance_id) + ANSWER)
+    connection.actions.clear()
+    connection.park()
+
+    assert seen.bench.faults.too_large.frames == feed(connection, text_frame(150_000), 65536)
+    assert [Abandon(), Linger()] == connection.actions
+
+
+PARKING = {
+    "park": lambda connection: connection.park(),
+    "unpark": lambda connection: connection.unpark(),
+    "settle": lambda connection: connection.settle([], None),
+}
+RIGHT = {("park", State.OFF_LOOP), ("unpark", State.PARKED), ("settle", State.PARKED)}
+
+
+@pytest.mark.parametrize("act", PARKING)
+@pytest.mark.parametrize("state", State)
+def test_an_event_is_parked_and_lands_in_its_turn_only(act: str, state: State) -> None:
+    connection = in_state(state).connection
+    if (act, state) in RIGHT:
+        PARKING[act](connection)
+        return
+    with pytest.raises(LocalProtocolError, match="park_out_of_turn"):
+        PARKING[act](connection)
+    assert state == connection.state
+
+
+def test_an_event_that_waits_for_kong_is_not_parked() -> None:
+    connection = Pooled().connection
+    connection.call(b"frames", 0)
+    with pytest.raises(LocalProtocolError, match="park_out_of_turn"):
+        connection.park()
+
+
 # --- the table ------------------------------------------------------------------------
 
 
 def in_state(state: State) -> Seen:
-    if state is State.OFF_LOOP:
-        return Pooled()
+    if state in (State.OFF_LOOP, State.PARKED):
+        pooled = Pooled()
+        if state is State.PARKED:
+            pooled.connection.park()
+        return pooled
     seen = Seen(REFUSED)
     if state is not State.IDLE:
         seen.connection.receive(event_of(seen.instance_id))

@@ -707,7 +707,7 @@ def test_example_of_the_documentation_runs_as_it_stands(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "plugin-server.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     program = tmp_path / "doorman.py"
-    program.write_text("\n".join(blocks))
+    program.write_text("\n".join(blocks[:2]))
     path = tmp_path / "s"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     described = subprocess.check_output([sys.executable, program, "describe"], env=environment)
@@ -727,5 +727,6 @@ def test_example_of_the_documentation_runs_as_it_stands(tmp_path: Path) -> None:
     assert stranger.exit is not None
     assert (403, b'{"error":"stranger"}') == (stranger.exit.status, stranger.exit.body)
     assert 0 == process.returncode
-    assert 2 == len(blocks)
+    # The third one runs in test_parking.py.
+    assert 3 == len(blocks)
     assert 20 >= sum(1 for line in blocks[0].splitlines() if line.strip())
