@@ -248,6 +248,33 @@ class Flow:
         self._record_result(result)
         return replace(result, generation=generation)
 
+    def repeat(self, result: FlowResult) -> FlowResult:
+        """
+        Hand a result that was exchanged just now to one more request with the same token.
+
+        Counted like a hit, as for whoever waits for an exchange; the tokens' times are judged anew.
+
+        Raises:
+            TokenExchangeError: the time of the subject or the actor is over by now; the refusal has
+                been audited.
+        """
+        subject, now, leeway = result.subject, self._clock.now(), self._config.leeway
+        try:
+            for claims in (subject,) if result.actor is None else (subject, result.actor):
+                max_age = self._trust(claims.iss).max_age
+                check_timestamps(claims, now=now, leeway=leeway, max_age=max_age)
+        except TokenExchangeError as error:
+            self.record_refusal(error, subject=subject)
+            raise
+        repeated = replace(result, cache="hit") if result.exchanged is not None else result
+        self._record_result(repeated)
+        return repeated
+
+    def known_subject(self, token: str) -> Claims | None:
+        """Return the claims of a token that was proven before and is still known, for an audit event."""
+        verified = self._cache.verified(digest_fields((self._config.identity, token)))
+        return None if verified is None else verified.claims
+
     def terms(self, result: FlowResult) -> Terms | None:
         """
         Say within what the same request gets the same result; None where each must be judged.

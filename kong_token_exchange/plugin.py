@@ -10,6 +10,7 @@ Source: docs/architecture.md; Kong openid-connect (priority, phase and protocols
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,21 @@ from kong_token_exchange.core.target_uri import request_origin
 from kong_token_exchange.errors import (
     ConfigError,
     ConfigurationInvalidError,
+    DeadlineError,
     MalformedRequestError,
     RejectionError,
     TokenExchangeError,
 )
 from kong_token_exchange.flow import Flow, FlowResult
-from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
+from kong_token_exchange.pluginserver.contract import (
+    Calls,
+    Facts,
+    Fetch,
+    Outcome,
+    Patience,
+    exit_with,
+    proceed,
+)
 from kong_token_exchange.ports import Clock, NotInMemoryError
 from kong_token_exchange.protocol.bearer import (
     Challenge,
@@ -65,6 +75,7 @@ class Answer:
     shared: Mapping[str, str] = field(default_factory=dict, repr=False)
     refusal: ErrorAnswer | None = None
     alarm: str | None = None
+    error: TokenExchangeError | None = field(default=None, repr=False)
 
     def encode(self) -> Outcome:
         """Encode the answer for our own plugin server."""
@@ -157,6 +168,10 @@ class _Credential:
     scheme: Literal["bearer", "dpop"] = "bearer"
 
 
+# A request that ends, or one that goes on with a result in its credential's place.
+Decided = Answer | tuple[_Credential, FlowResult]
+
+
 class TokenExchangeInstance:
     """One configuration at work; implements `pluginserver.contract.PluginInstance`."""
 
@@ -201,6 +216,7 @@ class TokenExchangeInstance:
         # With a proof, the very same request must not get the same answer.
         repeats = {"query", "cookie"}.isdisjoint(self._kinds) and not config.possession
         self._leases = flow.leases() if repeats else None
+        self._patience = Patience(config.deadline_ms / 1000, self._waited_too_long)
 
     @property
     def prefetch(self) -> Sequence[Fetch]:
@@ -233,16 +249,62 @@ class TokenExchangeInstance:
     def access(self, kong: Any) -> None:
         """Answer with whatever it takes, within the configured deadline."""
         # Counted from the arrival: the wait for a thread is the caller's time, too.
-        received_at = getattr(kong, "received_at", None)
-        started = received_at if isinstance(received_at, float) else self._clock.monotonic()
-        deadline = started + self._config.deadline_ms / 1000
+        received_at, share = getattr(kong, "received_at", None), getattr(kong, "share", None)
+        if not isinstance(received_at, float):
+            # Under kong-pdk, which has a stand-in for every name.
+            received_at, share = self._clock.monotonic(), None
+        deadline = received_at + self._config.deadline_ms / 1000
         facts = {kind: _fetch(kong, fetch) for fetch, kind in self._readers}
         decided = self._decide(facts, deadline=deadline)
+        if share is not None:
+            self._share(share, facts, decided)
         answer = decided if isinstance(decided, Answer) else self._go_on(*decided)
         answer.apply(kong)
 
     def close(self) -> None:
         """Nothing of its own to let go of: caches and connections are shared."""
+
+    # --- requests that come together --------------------------------------------------
+
+    def coalesce(self, facts: Facts) -> Patience | None:  # noqa: ARG002 - the contract hands facts over
+        """Let requests with the same facts wait for one of them: nothing else decides about them."""
+        # A proof may be used once, so requests with the same one are not to be answered alike.
+        return None if self._config.possession else self._patience
+
+    def _share(
+        self,
+        share: Callable[[Callable[[], Outcome | None]], None],
+        facts: Mapping[str, str],
+        decided: Decided,
+    ) -> None:
+        """Offer what was decided to those who wait; each is counted and audited like one that asked."""
+        if not isinstance(decided, Answer):
+            share(lambda: self._repeat_result(*decided))
+        elif decided.error is not None and not isinstance(decided.error, DeadlineError):
+            # A deadline is that of the one who had it: the others may have time left.
+            error = decided.error
+            share(lambda: self._refuse(facts, error))
+
+    def _repeat_result(self, credential: _Credential, result: FlowResult) -> Outcome:
+        """Answer as with a result that was exchanged for another request a moment ago."""
+        try:
+            repeated = self._flow.repeat(result)
+        except TokenExchangeError as error:
+            return self._refusal(error, credential.scheme).encode()
+        return self._encode_result(credential, repeated)
+
+    def _refuse(self, facts: Mapping[str, str], error: TokenExchangeError) -> Outcome:
+        """Refuse one more request for what refused another."""
+        credential = _Credential(token="")
+        with contextlib.suppress(TokenExchangeError):
+            credential = self._credential(facts)
+        self._flow.record_refusal(error, subject=self._flow.known_subject(credential.token))
+        return self._refusal(error, credential.scheme).encode()
+
+    def _waited_too_long(self, facts: Facts) -> Outcome:
+        return self._refuse(
+            dict(zip(self._kinds, facts, strict=True)), DeadlineError(reason="deadline_waiting")
+        )
 
     # --- deciding ---------------------------------------------------------------------
 
@@ -255,9 +317,11 @@ class TokenExchangeInstance:
             exchanged.rendered = self._go_on(credential, result).encode()
         return cast("Outcome", exchanged.rendered)
 
-    def _decide(
-        self, facts: Mapping[str, str], *, deadline: float | None
-    ) -> Answer | tuple[_Credential, FlowResult]:
+    def _refusal(self, error: TokenExchangeError, scheme: Literal["bearer", "dpop"]) -> Answer:
+        answer = render(error, self._challenges[scheme])
+        return Answer(refusal=answer, alarm=self._alarms.text(error), error=error)
+
+    def _decide(self, facts: Mapping[str, str], *, deadline: float | None) -> Decided:
         if not self._config.run_on_preflight and facts["method"] == "OPTIONS":
             return self._preflight(facts)
         try:
@@ -268,8 +332,7 @@ class TokenExchangeInstance:
         try:
             result = self._run(credential, facts, deadline)
         except TokenExchangeError as error:
-            challenge = self._challenges[credential.scheme]
-            return Answer(refusal=render(error, challenge), alarm=self._alarms.text(error))
+            return self._refusal(error, credential.scheme)
         return credential, result
 
     def _run(self, credential: _Credential, facts: Mapping[str, str], deadline: float | None) -> FlowResult:

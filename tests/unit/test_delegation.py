@@ -9,7 +9,7 @@ import pytest
 
 from kong_token_exchange.config import load_config
 from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN
-from kong_token_exchange.errors import ConfigError, TokenExchangeError
+from kong_token_exchange.errors import ConfigError, TimestampError, TokenExchangeError
 from kong_token_exchange.flow import REUSE_MARGIN_S, FlowResult
 from kong_token_exchange.plugin import TokenExchangePlugin
 from kong_token_exchange.ports import NotInMemoryError
@@ -94,6 +94,18 @@ def test_exc_04_an_actor_token_is_sent_with_its_type() -> None:
     assert SUBJECT == it.last_form["subject_token"]
     assert result.actor is not None
     assert ("agent", ()) == (result.actor.sub, result.notes)
+
+
+def test_cache_12_a_result_is_not_shared_beyond_the_actor_tokens_own_end() -> None:
+    it = Delegation()
+    result = it.ask(actor=agent(exp=NOW + 10))
+    it.clock.step_wall(9)
+    assert it.flow.repeat(result).exchanged is result.exchanged
+    it.clock.step_wall(1)
+
+    with pytest.raises(TimestampError):
+        it.flow.repeat(result)
+    assert ("refuse", "jwt_timestamp") == (it.audit.events[-1].outcome, it.audit.events[-1].reason)
 
 
 def test_exc_04_no_type_is_sent_without_an_actor_token() -> None:

@@ -26,6 +26,7 @@ from kong_token_exchange.errors import (
     InvalidTokenError,
     IssuerUnavailableError,
     NonConformingResponseError,
+    TimestampError,
     TokenExchangeError,
 )
 from kong_token_exchange.flow import REUSE_MARGIN_S, Flow, FlowResult
@@ -1008,6 +1009,46 @@ def test_the_second_request_is_answered_from_memory() -> None:
     assert ["exchange"] == [event.outcome for event in it.audit.events]
     assert 2 == it.metrics.counts["requests,outcome=exchange,reason=same_issuer,cache=hit"]
     assert 1 == it.metrics.counts["requests,outcome=exchange,reason=same_issuer,cache=miss"]
+
+
+def test_a_result_that_is_shared_is_counted_like_a_hit_and_audited_once() -> None:
+    it = Bench()
+    first = it.run(SUBJECT)
+
+    repeated = it.flow.repeat(first)
+
+    assert ("hit", first.exchanged) == (repeated.cache, repeated.exchanged)
+    assert (1, 1) == (it.exchanges, len(it.audit.events))
+    assert 1 == it.metrics.counts["requests,outcome=exchange,reason=same_issuer,cache=hit"]
+
+
+def test_a_forwarded_token_that_is_shared_is_audited_each_time() -> None:
+    it = Bench()
+    result = it.run(FORWARDED)
+
+    assert it.flow.repeat(result) == result
+    assert ["forward", "forward"] == [event.outcome for event in it.audit.events]
+
+
+def test_cache_12_a_result_is_not_shared_beyond_the_subject_tokens_own_end() -> None:
+    it = Bench()
+    result = it.run(target.mint(aud=["gateway", "other"], exp=NOW + 10))
+    it.clock.step_wall(9)
+    assert it.flow.repeat(result).exchanged is result.exchanged
+    it.clock.step_wall(1)
+
+    with pytest.raises(TimestampError):
+        it.flow.repeat(result)
+    assert ("refuse", "jwt_timestamp") == (it.audit.events[-1].outcome, it.audit.events[-1].reason)
+
+
+def test_a_subject_is_known_once_its_token_was_proven() -> None:
+    it = Bench()
+    assert it.flow.known_subject(SUBJECT) is None
+    result = it.run(SUBJECT)
+
+    assert result.subject == it.flow.known_subject(SUBJECT)
+    assert it.flow.known_subject("") is None
 
 
 def test_cache_14_a_cache_that_is_off_is_off() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,17 @@ from kong_token_exchange.core.possession import NO_EVIDENCE, Evidence
 from kong_token_exchange.errors import (
     ClientRefusedError,
     ConfigError,
+    DeadlineError,
     InsufficientScopeError,
+    IssuerUnavailableError,
     SignatureError,
+    TimestampError,
     TokenExchangeError,
 )
 from kong_token_exchange.flow import FlowResult
 from kong_token_exchange.lease import Leases, Terms
 from kong_token_exchange.plugin import ALARM_INTERVAL_S, PRIORITY, TokenExchangeInstance, TokenExchangePlugin
+from kong_token_exchange.pluginserver.contract import Outcome
 from kong_token_exchange.pluginserver.pdk import METHODS
 from kong_token_exchange.pluginserver.wire import (
     FrameReader,
@@ -68,6 +73,8 @@ class FakeFlow:
         self.evidence: list[Evidence] = []
         self.deadlines: list[float | None] = []
         self.refusals: list[TokenExchangeError] = []
+        self.subjects: list[Claims | None] = []
+        self.repeated = 0
 
     def run(
         self,
@@ -83,8 +90,16 @@ class FakeFlow:
         self.deadlines.append(deadline)
         return self.answer(deadline)
 
-    def record_refusal(self, error: TokenExchangeError) -> None:
+    def record_refusal(self, error: TokenExchangeError, *, subject: Claims | None = None) -> None:
         self.refusals.append(error)
+        self.subjects.append(subject)
+
+    def known_subject(self, token: str) -> Claims | None:
+        return CLAIMS if token == "a.b.c" else None
+
+    def repeat(self, result: FlowResult) -> FlowResult:
+        self.repeated += 1
+        return replace(result, cache="hit")
 
     def leases(self) -> Leases[Any]:
         return Leases(FakeClock(), FakeKeySource({}))
@@ -470,6 +485,95 @@ class RecordingKong:
         self.calls.append((self._path, arguments))
         # kong-pdk answers (data, err) in its Lua style.
         return (self._headers.get(arguments[0]) if self._path.endswith("get_header") else None, None)
+
+
+class SharingKong(RecordingKong):
+    """Our own server's PDK object, as far as the plugin asks for it."""
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        super().__init__(headers)
+        self.received_at = 1000.0
+        self.offered: list[Callable[[], Outcome | None]] = []
+        self.share: Any = self.offered.append
+
+
+def shared(answer: Callable[[float | None], FlowResult]) -> tuple[list[Callable[[], Any]], FakeFlow]:
+    """Let one request through `access`; return what it offers to those who wait."""
+    instance, flow = start(answer)
+    kong = SharingKong({"authorization": "Bearer a.b.c"})
+    instance.access(kong)
+    return list(kong.offered), flow
+
+
+def test_a_result_is_offered_to_those_who_wait_and_counted_for_each() -> None:
+    (again,), flow = shared(lambda _: exchanged(cache="miss"))
+
+    for number in (1, 2):
+        outcome = again()
+        assert ("kong.service.request.set_header", ("authorization", "Bearer ex.chan.ged")) == read_calls(
+            outcome
+        )[0]
+        assert number == flow.repeated
+
+
+def test_a_result_that_is_over_by_then_is_refused() -> None:
+    instance, flow = start()
+    kong = SharingKong({"authorization": "Bearer a.b.c"})
+    instance.access(kong)
+    (again,) = kong.offered
+
+    def over(result: FlowResult) -> FlowResult:
+        raise TimestampError(claim="exp")
+
+    flow.repeat = over  # type: ignore[method-assign]
+
+    assert 401 == again().status  # type: ignore[union-attr]
+
+
+def test_a_refusal_is_offered_recorded_for_each_and_told_to_the_operator_once() -> None:
+    (again,), flow = shared(refused(IssuerUnavailableError(reason="down")))
+
+    for number in (1, 2):
+        ((name, exit_args),) = read_calls(again())
+        assert ("kong.response.exit", 503) == (name, exit_args.status)
+        # `run` has recorded the first one's.
+        assert (["down"] * number, [CLAIMS] * number) == (
+            [error.reason for error in flow.refusals],
+            flow.subjects,
+        )
+
+
+def test_a_deadline_that_passed_is_not_offered() -> None:
+    assert [] == shared(refused(DeadlineError(reason="deadline_reading")))[0]
+
+
+def test_nothing_is_offered_under_kong_pdk_which_has_a_stand_in_for_every_name() -> None:
+    instance, _ = start()
+    kong = RecordingKong({"authorization": "Bearer a.b.c"})
+
+    instance.access(kong)
+
+    assert "share" not in [path for path, _ in kong.calls]
+
+
+def test_waiting_for_another_request_ends_with_the_configured_deadline() -> None:
+    instance, flow = start()
+    facts = {"connection": "", "header": "Bearer a.b.c", "method": "GET"}
+    asked = [facts[kind] for kind in instance._kinds]
+    patience = instance.coalesce(asked)
+
+    assert 5.0 == patience.within_s
+    *_, (name, exit_args) = read_calls(patience.overdue(asked))
+    assert ("kong.response.exit", 504) == (name, exit_args.status)
+    assert (["deadline_waiting"], [CLAIMS]) == ([error.reason for error in flow.refusals], flow.subjects)
+
+
+def test_facts_without_a_credential_name_no_subject() -> None:
+    instance, flow = start()
+
+    instance.coalesce([]).overdue(["" for _ in instance._kinds])
+
+    assert [None] == flow.subjects
 
 
 def test_gw_09_nothing_runs_after_an_exit_under_kong_pdk() -> None:

@@ -109,6 +109,11 @@ def test_a_pool_thread_sees_the_same_evidence() -> None:
     assert ("kong.service.request.clear_header", "dpop") in kong.calls
 
 
+def test_requests_with_a_proof_do_not_wait_for_one_another() -> None:
+    assert start()[0].coalesce([]) is not None
+    assert start(proof_of_possession_dpop="optional")[0].coalesce([]) is None
+
+
 def test_the_same_request_is_judged_each_time() -> None:
     instance, flow = start(proof_of_possession_dpop="optional")
 
