@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from tests.support.gateways import (
 
 # Above the plugin server's own limit of 10 s for an event, as docs/operations.md asks for.
 READ_TIMEOUT_S = 12.0
+
+# What a signal is called where faults are counted.
+FAULT_NAMES = {signal.SIGKILL: "kills", signal.SIGSTOP: "stops", signal.SIGTERM: "SIGTERMs"}
 
 Resolve = Mapping[str, tuple[str, int]]
 
@@ -82,6 +86,8 @@ class ChaosGateway:
         self.control_path = folder / "control.json"
         self.hooks_path = folder / "hooks.json"
         self._log_offsets: dict[Path, int] = {}
+        # How many faults of which kind were made.
+        self.made: Counter[str] = Counter()
         self._base_argv = ["serve", "--socket", str(self.socket_path), "--log-level", "info"]
         if serve_has("--exit-with-parent"):
             self._base_argv.append("--exit-with-parent")
@@ -119,11 +125,16 @@ class ChaosGateway:
 
     def signal_server(self, number: int = signal.SIGKILL) -> list[int]:
         """Send a signal to every process of the plugin server; return who got it."""
-        pids = self.pids()
+        return self.signal(self.pids(), number)
+
+    def signal(self, pids: Sequence[int], number: int) -> list[int]:
+        """Send a signal to some processes, as one fault."""
+        if pids and number in FAULT_NAMES:
+            self.made[FAULT_NAMES[number]] += 1
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        return pids
+        return list(pids)
 
     def restart_server(self) -> None:
         """Have the gateway start the plugin server anew, in the mode that is set."""

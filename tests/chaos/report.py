@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import platform
 import re
@@ -40,7 +39,7 @@ def _render(results: Sequence[Result], *, command: str, seconds: float, rate: fl
     )
     machine = f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}"
     lines = [
-        f"Made by `{command}` on {dt.datetime.now(dt.UTC):%Y-%m-%d}, in {seconds:.0f} s.",
+        f"Made by `{command}` in {seconds:.0f} s.",
         "",
         f"- machine: virtual machine, {machine}, shared with other work",
         f"- gateways: {', '.join(gateways)}",
@@ -48,6 +47,7 @@ def _render(results: Sequence[Result], *, command: str, seconds: float, rate: fl
         f"- Python {platform.python_version()}, {libraries}",
         f"- {rate:.0f} requests a second beside each fault, good and bad; deadline {deadline_ms} ms",
         f"- {sum(result.sent for result in results)} requests in all",
+        f"- beside what issuers and clients did: {_made(results)}",
         "- " + ", ".join(f"{counts[name]} {word}" for name, word in VERDICTS.items()),
         "",
     ]
@@ -59,6 +59,13 @@ def _render(results: Sequence[Result], *, command: str, seconds: float, rate: fl
             "",
         ]
     return "\n".join(lines)
+
+
+def _made(results: Sequence[Result]) -> str:
+    made: Counter[str] = Counter()
+    for result in results:
+        made.update(result.made)
+    return ", ".join(f"{count} {name}" for name, count in sorted(made.items())) or "nothing"
 
 
 def _table(results: Sequence[Result]) -> str:

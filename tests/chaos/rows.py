@@ -16,7 +16,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 # The order in which modes are run: each change costs a restart of the plugin server.
-MODES = ("plain", "workers", "hooked", "keys", "cooldown", "smallcache", "clock")
+MODES = ("plain", "workers", "hookedworkers", "hooked", "keys", "cooldown", "smallcache", "clock")
 
 SMALL_CACHE = 200
 
@@ -28,6 +28,8 @@ def enter_mode(gateway: ChaosGateway, mode: str, *, long: bool) -> None:
         gateway.set_mode()
     elif mode == "workers":
         gateway.set_mode(extra=("--workers", "2"))
+    elif mode == "hookedworkers":
+        gateway.set_mode(hooked=True, extra=("--workers", "2"))
     elif mode in ("keys", "cooldown"):
         gateway.write_hooks(constants=rows_keys.constants(mode, long=long))
         gateway.set_mode(hooked=True)

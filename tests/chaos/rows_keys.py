@@ -41,7 +41,7 @@ def break_keys(run: Run, behaviour: kinds.Behaviour = drop, realm: str = "intern
 
 
 def past(run: Run, seconds: float) -> float:
-    return run.scaled(seconds, seconds * 10)
+    return run.scaled(seconds, seconds * 5)
 
 
 def cold_start(run: Run) -> None:

@@ -57,7 +57,7 @@ def flooded(run: Run, credentials: Sequence[str]) -> None:
     host, _, port = run.gateway.url.removeprefix("http://").partition(":")
     run.traffic(30)
     before = run.go(1.0)
-    seconds = run.scaled(3.0, 120.0)
+    seconds = run.scaled(3.0, 60.0)
     began = time.monotonic()
     calls = run.idp.count("internal", "token")
     statuses = run.client.run(flood((host, int(port)), credentials, seconds, 16), seconds + 30)
@@ -89,7 +89,7 @@ def forged_flood(run: Run) -> None:
 
 
 def distinct_tokens(run: Run) -> None:
-    count = int(run.scaled(1500, 100_000))
+    count = int(run.scaled(1500, 30_000))
     first = run.wallet.fresh("/orders")
     run.send("fresh", "/orders", first)
     base = run.measure_base()
@@ -302,7 +302,7 @@ def soak(run: Run) -> None:
     base = run.measure_base()
     run.traffic()
     coin = random.Random(118)
-    until = time.monotonic() + run.scaled(8.0, 1800.0)
+    until = time.monotonic() + run.scaled(8.0, 180.0)
     behaviour = kinds.sometimes([kinds.behave, answering(500, b"no")], lambda: int(coin.random() < 0.05))
     fault = run.begin(503, kinds=("fresh",))
     run.idp.misbehave("internal", "token", behaviour)
@@ -322,7 +322,7 @@ def at_random(run: Run) -> None:
     """A fault of any kind every few seconds; the seed is in the table."""
     seed = 120
     dice = random.Random(seed)
-    until = time.monotonic() + run.scaled(20.0, 600.0)
+    until = time.monotonic() + run.scaled(20.0, 180.0)
     run.traffic()
     done: Counter[str] = Counter()
     names: list[str] = []

@@ -29,7 +29,7 @@ TWO_ROUTES = (("warm", "/orders"), ("warm", "/reports"), ("fresh", "/orders"), (
 
 def kill_idle(run: Run) -> None:
     run.traffic()
-    for _ in range(int(run.scaled(3, 20))):
+    for _ in range(int(run.scaled(3, 60))):
         run.go(0.4)
         fault = run.begin(500, 503, away=True)
         run.gateway.signal_server(signal.SIGKILL)
@@ -115,6 +115,7 @@ def spring(run: Run, step: str, do: str, *, bound_s: float = 1.0) -> None:
     """Set a trap for a moment while requests flow, and see everything well again after it."""
     fault = run.begin(500, 503, away=True)
     run.gateway.write_hooks(trap={"step": step, "do": do})
+    run.gateway.made[_TRAPS[do.partition(":")[0]]] += 1
     if step == "plugin.start":
         # An instance starts when there is a configuration that no other has.
         run.gateway.apply(run.stage.config(orders={"leeway": 1}, reports={"leeway": 1}))
@@ -126,6 +127,9 @@ def spring(run: Run, step: str, do: str, *, bound_s: float = 1.0) -> None:
     if all(sent.status < 500 for sent in window.requests) and step not in QUIET_STEPS:
         run.note(f"{step} {do}: nobody was answered 5xx")
 
+
+# What a trap is called where faults are counted.
+_TRAPS = {"raise": "exceptions", "recurse": "exceptions", "exit": "exits"}
 
 # Steps that the requests of the stream do not take.
 QUIET_STEPS = ("keys.newer_keys",)
@@ -140,11 +144,12 @@ def ends_of_the_process(run: Run) -> None:
 
 def handler_hangs(run: Run) -> None:
     base = run.measure_base()
-    hang_s = run.scaled(14, 300)
+    hang_s = run.scaled(14, 60)
     run.traffic(10)
     run.go(0.5)
     fault = run.begin(504, limit_s=10.0 + 1.0, kinds=("fresh",))
     run.gateway.write_hooks(trap={"step": "sender.send", "do": f"hang:{hang_s:g}"})
+    run.gateway.made["hangs"] += 1
     window = run.go(2.0)
     run.gateway.write_hooks()
     window.only("fresh", 504, at_least=2)
@@ -196,10 +201,9 @@ def worker_dies(run: Run) -> None:
     run.traffic()
     for _ in range(int(run.scaled(4, 20))):
         run.go(0.4)
-        pids = run.gateway.pids()
-        workers = [pid for pid in pids if parent_of(pid) in pids]
+        workers = run_workers(run)
         fault = run.begin(500, 503, away=True)
-        os.kill(random.Random(89).choice(workers), signal.SIGKILL)
+        run.gateway.signal([random.Random(89).choice(workers)], signal.SIGKILL)
         killed = time.monotonic()
         whole = wait_until(lambda: len(run.gateway.pids()) == everybody, timeout_s=10)
         run.require(whole, "the worker was not replaced")
@@ -210,6 +214,62 @@ def worker_dies(run: Run) -> None:
     served = sum(sent.status < 500 for sent in inside) / max(1, len(inside))
     run.require(served > 0.5, f"only {served:.0%} served while one of two was away")
     run.note(f"{served:.1%} of all requests were served as ever while one of two workers was away")
+
+
+def run_workers(run: Run) -> list[int]:
+    pids = run.gateway.pids()
+    return [pid for pid in pids if parent_of(pid) in pids]
+
+
+# From the last report of a worker to its end, and until another is ready (docs/plugin-server.md).
+STUCK_BOUND_S = 5.5 + 2.0
+
+
+def replaced(run: Run, before: Sequence[int], since: float) -> None:
+    """Wait until one worker of *before*, stuck *since*, has given way to another."""
+    wait_until(lambda: len(set(before) - set(run.gateway.pids())) == 1, timeout_s=20)
+    wait_until(lambda: len(run_workers(run)) == len(before), timeout_s=20)
+    took = time.monotonic() - since
+    run.require(len(set(run_workers(run)) - set(before)) == 1, "the worker was not replaced")
+    run.require(took < STUCK_BOUND_S + run.slack_s, f"replaced after {took:.1f} s")
+    run.note(f"replaced after {took:.1f} s")
+
+
+def worker_stopped(run: Run) -> None:
+    """Stop one of two workers: who is on its connections waits for its end, nobody else."""
+    run.traffic(20)
+    for _ in range(int(run.scaled(1, 10))):
+        run.go(0.5)
+        before = run_workers(run)
+        fault = run.begin(500, 503, away=True)
+        run.gateway.signal(before[:1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        time.sleep(3.0)
+        # By now it gets no new connection, and those that Kong had pooled have a request each.
+        window = run.go(1.5)
+        replaced(run, before, stopped)
+        run.end(fault, 2.0)
+        late = [sent for sent in window.requests if sent.took_s > 1.0 + run.slack_s]
+        run.require(
+            len(late) < max(2, len(window.requests) / 4), f"{len(late)} of {len(window.requests)} waited"
+        )
+
+
+def worker_spins(run: Run) -> None:
+    """Let one `warm` never come back: its loop is stuck with all that is on it."""
+    run.traffic(20)
+    for number in range(int(run.scaled(1, 10))):
+        run.go(0.5)
+        before = run_workers(run)
+        fault = run.begin(500, 503, away=True)
+        mark = run.gateway.folder / f"spun-{number}"
+        run.gateway.write_hooks(trap={"step": "instance.warm", "do": f"spin:{mark}"})
+        run.gateway.made["hangs"] += 1
+        run.require(wait_until(mark.exists, timeout_s=10), "nothing has spun")
+        replaced(run, before, time.monotonic())
+        run.gateway.write_hooks()
+        run.end(fault, 2.0)
+    run.require("in spring" in run.log(), "the log does not tell where it was")
 
 
 def parent_of(pid: int) -> int:
@@ -249,9 +309,7 @@ def gateway_worker_killed(run: Run) -> None:
     for _ in range(int(run.scaled(2, 20))):
         run.go(0.4)
         fault = run.begin(500, 503, away=True, gateway_away=True)
-        for pid in run.gateway.worker_pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        run.gateway.signal(run.gateway.worker_pids(), signal.SIGKILL)
         run.end(fault, 2.0)
     wait_until(lambda: len(run.gateway.pids()) == 1, timeout_s=5)
     orphans = sorted(run.gateway.pids(), key=started_at)[:-1]
@@ -279,6 +337,7 @@ def reload_under_load(run: Run) -> None:
     began = time.monotonic()
     for _ in range(count):
         run.gateway.reload()
+        run.gateway.made["reloads"] += 1
         time.sleep(0.2)
     window = run.window(began)
     run.end(fault, 2.0)
@@ -445,6 +504,13 @@ ROWS = (
         stop_and_continue,
     ),
     _row(
+        "82w",
+        "SIGSTOP of one worker process of several",
+        f"others serve; replaced within {STUCK_BOUND_S:g} s",
+        worker_stopped,
+        mode="workers",
+    ),
+    _row(
         "83",
         "no more memory (address space limited while running), then the kernel's SIGKILL",
         "500/503/504, back within 2 s",
@@ -471,6 +537,13 @@ ROWS = (
         handler_hangs,
         mode="hooked",
         upstream="cached and forwarded ones only",
+    ),
+    _row(
+        "86w",
+        "the loop of one worker process of several never comes back",
+        f"others serve; replaced within {STUCK_BOUND_S:g} s; the log tells where it was",
+        worker_spins,
+        mode="hookedworkers",
     ),
     _row(
         "87",

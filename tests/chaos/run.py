@@ -94,6 +94,8 @@ class Result:
     sent: int = 0
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
+    # Faults of each kind: kills, stops, exceptions, reloads, ...
+    made: dict[str, int] = field(default_factory=dict)
 
 
 class Window:
@@ -161,6 +163,7 @@ class Run:
         self.requests: list[Sent] = []
         self.retired: set[str] = set()
         self._began = time.monotonic()
+        self._made_before = Counter(self.gateway.made)
         self._log = ""
 
     # --- saying what is wrong ---------------------------------------------------------
@@ -413,6 +416,7 @@ class Run:
             sent=len(self.requests),
             seconds=time.monotonic() - self._began,
             remarks=[*self.failures, *self.not_yet, *self.notes],
+            made=dict(self.gateway.made - self._made_before),
         )
 
     def _violations(self, sent: Sent) -> Iterable[str]:
