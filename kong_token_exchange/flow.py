@@ -849,11 +849,13 @@ class Flow:
             downscoping=downscoping or order.relation == "same_issuer",
             now=now,
             leeway=config.leeway,
+            requested_audience=frozenset((*config.request.audience, *config.request.resource)),
         )
         if claims is None:
             found += self._find_unread_widening(scopes, response.expires_in, downscoping=downscoping)
         order.notes.extend(found)
-        forbidden = [word for word in found if downscoping or word != "scope_beyond_subject"]
+        forbids = {"scope_beyond_subject": downscoping, "audience_beyond_request": config.strict}
+        forbidden = [word for word in found if forbids.get(word, True)]
         if forbidden and config.result.narrowing == "enforce":
             raise ExchangedTokenError(
                 reason="result_wider_than_policy", facts={"widening": ",".join(forbidden)}

@@ -26,6 +26,7 @@ def find_widening(
     downscoping: bool,
     now: float,
     leeway: float = 0.0,
+    requested_audience: frozenset[str] = frozenset(),
 ) -> tuple[str, ...]:
     """
     List where a result is wider than policy allows, as stable words for audit and error.
@@ -42,10 +43,12 @@ def find_widening(
         downscoping: Whether the flow promises a subset of the subject's scopes.
         now: NumericDate, seconds.
         leeway: Tolerated clock difference, seconds.
+        requested_audience: What was asked for by `audience` and `resource`; empty for nothing. Where
+            `allowed_audience` is set, that is the limit instead.
 
     Returns:
         Any of `scope_not_allowed`, `audience_not_allowed`, `lifetime_not_allowed`,
-        `scope_beyond_subject`; empty when the result is within every limit.
+        `scope_beyond_subject`, `audience_beyond_request`; empty when the result is within every limit.
     """
     scopes = answered_scopes or frozenset()
     if result is not None:
@@ -60,6 +63,11 @@ def find_widening(
             found.append("lifetime_not_allowed")
     if downscoping and not scopes <= subject.scopes:
         found.append("scope_beyond_subject")
+    # A server may know an audience by another name than its token's `aud` (RFC 8693 section 2.1):
+    # whether this forbids anything is for the caller to say.
+    asked = requested_audience if policy.allowed_audience is None else None
+    if asked and result is not None and not _within(result, asked):
+        found.append("audience_beyond_request")
     return tuple(found)
 
 

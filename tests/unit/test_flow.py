@@ -425,6 +425,27 @@ def test_policy_refuses_before_anything_is_exchanged(
     assert reason == it.refusal(token, within=None).reason
 
 
+STRICT: dict[str, Any] = {"strict": True, "result": {"max_lifetime": 900, "same_subject": "sub"}}
+
+
+@pytest.mark.parametrize("subject", [SUBJECT, FOREIGN], ids=["EXC-17-same-issuer", "EXC-17-cross-issuer"])
+@pytest.mark.parametrize("request_", [{"audience": ["reports"]}, {"resource": ["https://reports.test"]}])
+def test_a_result_for_another_audience_than_was_asked_for(subject: str, request_: dict[str, Any]) -> None:
+    noted = Bench(config_with(request=request_))
+    assert "audience_beyond_request" in noted.run(subject).notes
+    assert 1 == noted.metrics.counts["result_notes,note=audience_beyond_request"]
+
+    strict = {"audience_required": ["orders", "api"]}
+    error = Bench(config_with(strict, request=request_, **STRICT)).refusal(subject)
+    assert (502, "result_wider_than_policy", "audience_beyond_request") == (
+        error.status,
+        error.reason,
+        error.facts["widening"],
+    )
+    asked_for = config_with(strict, request={"audience": ["orders"]}, **STRICT)
+    assert () == Bench(asked_for).run(subject).notes
+
+
 def test_a_forbidden_claim_is_judged_in_the_token_that_goes_upstream() -> None:
     raw = config_with({"claims_forbidden": ["email"]})
     subject = target.mint(aud="gateway", email="a@b.test")

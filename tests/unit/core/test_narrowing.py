@@ -28,6 +28,7 @@ def widening(
     subject: Claims = SUBJECT,
     now: float = NOW,
     leeway: float = 0.0,
+    requested: frozenset[str] = frozenset(),
 ) -> tuple[str, ...]:
     return find_widening(
         policy,
@@ -37,6 +38,7 @@ def widening(
         downscoping=downscoping,
         now=now,
         leeway=leeway,
+        requested_audience=requested,
     )
 
 
@@ -270,3 +272,33 @@ def test_every_pair_must_hold() -> None:
     for changes in ({"upn": "a", "sub": "user-2"}, {"upn": "b"}):
         with pytest.raises(ExchangedTokenError):
             check_same_subject(policy, relation="cross_issuer", subject=subject, result=result_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("aud", "beyond"),
+    [
+        ("orders", False),
+        (["orders"], False),
+        (["orders", "reports"], False),
+        ("other", True),
+        (["orders", "other"], True),
+        ("ORDERS", True),
+        (ABSENT, True),
+    ],
+)
+def test_exc_17_an_audience_that_was_not_asked_for_is_found(aud: object, beyond: bool) -> None:
+    requested = frozenset({"orders", "reports"})
+
+    expected = ("audience_beyond_request",) if beyond else ()
+    assert expected == widening(ResultPolicy(), result_of(aud=aud), requested=requested)
+
+
+def test_an_allowed_audience_stands_in_place_of_what_was_asked_for() -> None:
+    assert widening(API, result_of(aud="api"), requested=frozenset({"orders"})) == ()
+    assert widening(API, result_of(aud="orders"), requested=frozenset({"orders"})) == (
+        "audience_not_allowed",
+    )
+
+
+def test_what_is_not_read_has_no_audience_to_judge() -> None:
+    assert widening(ResultPolicy(), None, requested=frozenset({"orders"})) == ()
