@@ -53,9 +53,10 @@ up:
 down:
 	docker compose -f docker/compose.yml --profile '*' down --volumes --remove-orphans
 
-# 200,000 events with exits, exceptions and clients that vanish
+# 200,000 events with exits, exceptions and clients that vanish; then 10 s of made-up key ids
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.kid_spray
 
 check: lint types imports generated
 

@@ -42,7 +42,7 @@ struct peer {
 static struct {
     const char *socket, *tokens, *config, *plugin;
     int msgpack, sockets, idle;
-    double seconds, warmup;
+    double seconds, warmup, rate;
     long events, warmup_events, vanish_every;
 } options = {.config = "{}", .plugin = "bench", .sockets = 16, .seconds = 1.0};
 
@@ -52,6 +52,8 @@ static struct peer **pool;
 static size_t pooled, pool_room;
 static struct event *free_events;
 static int epoll, in_flight, limit, fresh;
+static uint64_t paced_from, last_arrival;
+static double begun;
 static uint64_t sequence, instance_id;
 static clockid_t clocks[MAX_PIDS];
 static int clock_count;
@@ -165,9 +167,16 @@ static void send_all(struct peer *peer, const void *data, size_t size)
 static void pb_begin(struct peer *peer, struct event *event);
 static void mp_begin(struct peer *peer, struct event *event);
 
+/* Whether the next event's time has come; without a rate it always has. */
+static int due(void)
+{
+    return options.rate <= 0 || begun < (double)(now_ns() - paced_from) / 1e9 * options.rate;
+}
+
 static void begin_events(void)
 {
-    while (in_flight < limit) {
+    while (in_flight < limit && due()) {
+        begun++;
         struct event *event = free_events;
         if (event != NULL)
             free_events = event->next_free;
@@ -725,8 +734,11 @@ static void receive(struct peer *peer)
 static void turn(void)
 {
     struct epoll_event ready[256];
-    int events = epoll_wait(epoll, ready, 256, STUCK_MS);
-    if (events == 0)
+    /* With a rate there are times when nothing is under way. */
+    int events = epoll_wait(epoll, ready, 256, options.rate > 0 ? 1 : STUCK_MS);
+    if (events > 0 || in_flight == 0)
+        last_arrival = now_ns();
+    else if (events == 0 && now_ns() - last_arrival >= STUCK_MS * 1000000ull)
         die("stuck: %d events in flight and nothing comes", in_flight);
     for (int i = 0; i < events; i++) {
         struct peer *peer = ready[i].data.ptr;
@@ -747,6 +759,7 @@ static uint64_t own_cpu_ns(void)
 static void run(void)
 {
     start_instance();
+    paced_from = last_arrival = now_ns();
     /* As many at once as there are sockets, so that the idle ones have been used too. */
     limit = fresh = options.sockets + options.idle;
     begin_events();
@@ -798,6 +811,7 @@ static void usage(void)
         "  --idle N             more open sockets in the pool, used once\n"
         "  --warmup SECONDS     before the measured window, and at least\n"
         "  --warmup-events N    so many events\n"
+        "  --rate N             begin no more than N events a second\n"
         "  --seconds SECONDS    the measured window (1), or\n"
         "  --events N           until so many events have ended\n"
         "  --vanish-every N     each Nth client leaves in the middle of its event\n"
@@ -828,6 +842,8 @@ int main(int argument_count, char **arguments)
             options.warmup = atof(value);
         else if (strcmp(name, "--warmup-events") == 0)
             options.warmup_events = atol(value);
+        else if (strcmp(name, "--rate") == 0)
+            options.rate = atof(value);
         else if (strcmp(name, "--seconds") == 0)
             options.seconds = atof(value);
         else if (strcmp(name, "--events") == 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from hypothesis import strategies as st
@@ -293,10 +294,17 @@ def conversation() -> tuple[bytes, ...]:
 
 
 FRAMES = conversation()
+# Commands, and an event with the answers to the two facts that its plugin asks for.
+COMMANDS, EVENT, ANSWERS = (*FRAMES[:4], FRAMES[5]), FRAMES[4], FRAMES[6:]
+turns = st.one_of(
+    st.sampled_from(COMMANDS).map(lambda command: [command]),
+    st.tuples(st.just(EVENT), st.sampled_from(ANSWERS), st.sampled_from(ANSWERS)).map(list),
+)
 # First what Kong does send, so that the rest meets a conversation in any of its states.
 pieces = st.builds(
-    lambda good, odd, more: [*good, *odd, *more],
-    st.lists(st.sampled_from(FRAMES), max_size=5),
+    lambda good, cut, odd, more: [*list(chain.from_iterable(good))[: cut or None], *odd, *more],
+    st.lists(turns, max_size=4),
+    st.integers(0, 6),
     st.lists(
         st.one_of(
             st.sampled_from(FRAMES).flatmap(spoilt),

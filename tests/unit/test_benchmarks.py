@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks import bench, report
+from benchmarks import bench, kid_spray, report
 from benchmarks.arena import Arena, Contender, make_header, write_tokens
 from benchmarks.native import PROGRAMS, find_compiler
 
@@ -78,3 +78,13 @@ def test_a_ratio_beyond_its_bound_is_a_missed_target() -> None:
     assert not report.Target("at least", 7.9, 8).met
     assert report.Target("at most", 4.0, 4, at_least=False).met
     assert not report.Target("at most", 4.1, 4, at_least=False).met
+
+
+def test_key_13_fault_38_a_spray_of_made_up_keys_spares_the_issuer(arena: Arena) -> None:
+    found = kid_spray.measure(arena, seconds=1.0, rate=500)
+
+    assert (1, 1) == (found.fetches, found.allowed)
+    assert found.spray.exits == found.spray.events > 100
+    assert (0, 0) == (found.before.exits, found.during.exits)
+    # Half of the rate at least, however busy the machine is with other things.
+    assert found.during.events > kid_spray.GOOD_RATE / 2
