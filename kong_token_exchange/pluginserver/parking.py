@@ -15,6 +15,7 @@ Source: docs/adr/0002-own-plugin-server.md.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from kong_token_exchange.pluginserver.contract import Facts, Outcome, Patience
@@ -43,8 +44,8 @@ class Group:
         self.patience = patience
         self.again: Callable[[], Outcome | None] | None = None
         self.alone = False
-        # A dict for its order, and since any of them may leave.
-        self.parked: dict[Access, None] = {}
+        # In the order of their arrival; any of them may leave.
+        self.parked: OrderedDict[Access, None] = OrderedDict()
 
 
 class Parking:
@@ -120,13 +121,13 @@ class Parking:
         """
         Take one that lands, or None when all have.
 
-        The one that came last is the first: where it has to do the work it has the most time left,
-        and the others can wait for it.
+        Where there is something to share, the one that came first. Where there is not, the one that
+        came last: when it has to do the work it has the most time left, and the others can wait for it.
         """
         if not self._landing:
             return None
         group = next(iter(self._landing))
-        access, _ = group.parked.popitem()
+        access, _ = group.parked.popitem(last=group.again is None)
         self._forget(group, access)
         return group, access
 

@@ -272,8 +272,8 @@ def test_what_memory_cannot_answer_is_answered_by_what_the_owner_offers_each_tim
     numbers = iter(range(10))
     desk.end(access, again=lambda: answer("a", "t", next(numbers)))
 
-    assert "own" == owner.ended
-    assert {"a t 0", "a t 1", "a t 2", "a t 3"} == {event.ended for event in others}
+    # In the order of their arrival.
+    assert ["own", "a t 0", "a t 1", "a t 2", "a t 3"] == [owner.ended, *(event.ended for event in others)]
     assert 1 == desk.pool.began
 
 
@@ -302,10 +302,17 @@ def test_connections_of_answered_events_are_used_again(desk: Desk) -> None:
     assert "a u" == other.ended
 
 
-@pytest.mark.parametrize("how", ["nothing", "None"])
-def test_where_nothing_is_shared_the_last_one_runs_and_the_others_wait_for_it(desk: Desk, how: str) -> None:
+def test_event_for_which_nothing_is_made_runs_and_those_behind_it_wait_for_it(desk: Desk) -> None:
+    first, (_, *others) = desk.crowd(4)
+    desk.end(first, again=lambda: None)
+
+    assert [State.OFF_LOOP, State.PARKED, State.PARKED] == [event.state for event in others]
+    assert 2 == desk.pool.began
+
+
+def test_where_nothing_is_shared_the_last_one_runs_and_the_others_wait_for_it(desk: Desk) -> None:
     first, (owner, *others) = desk.crowd(4)
-    desk.end(first, again=None if how == "nothing" else lambda: None)
+    desk.end(first)
     *parked, last = others
 
     assert "own" == owner.ended
