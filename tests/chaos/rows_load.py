@@ -114,7 +114,6 @@ def herd(run: Run) -> None:
     run.idp.misbehave("internal", "token", kinds.after(0.3))
     run.idp.forget()
     run.traffic(10)
-    # Those who wait for the one exchange hold the threads that other exchanges want.
     fault = run.begin(503, 504, kinds=("herd", "fresh"), limit_s=15)
     run.client.send_all([run.wallet.make("herd", "/orders", token) for _ in range(crowd)])
     run.quiet()
@@ -123,8 +122,7 @@ def herd(run: Run) -> None:
     jti = next(sent.jti for sent in run.requests if sent.kind == "herd")
     calls = sum(issued.subject_jti == jti for issued in run.idp.issued.values())
     run.require(calls == 1, f"{calls} exchanges of one token, expected 1")
-    if statuses[200] < crowd:
-        run.missing(f"{crowd} x 200", f"{dict(statuses)}, since waiters hold threads and the pool is full")
+    run.require(statuses[200] == crowd, f"{dict(statuses)}, expected {crowd} x 200")
     slowest = max(sent.took_s for sent in run.requests if sent.kind == "herd")
     run.note(f"{calls} exchange, {dict(statuses)}, slowest {slowest:.1f} s")
 
@@ -132,7 +130,8 @@ def herd(run: Run) -> None:
 def herd_failing(run: Run) -> None:
     crowd = 1000
     token = run.wallet.fresh("/orders")
-    run.idp.misbehave("internal", "token", kinds.after(0.3, answering(500, b"no")))
+    # Half the deadline: time for all of them to be there, since whoever comes after a failure may try again.
+    run.idp.misbehave("internal", "token", kinds.after(1.0, answering(500, b"no")))
     run.idp.forget()
     fault = run.begin(503, kinds=("herd",), limit_s=15)
     run.client.send_all([run.wallet.make("herd", "/orders", token) for _ in range(crowd)])
@@ -145,7 +144,7 @@ def herd_failing(run: Run) -> None:
     slowest = max(sent.took_s for sent in run.requests if sent.kind == "herd")
     run.require(slowest < 6 + run.slack_s, f"slowest {slowest:.1f} s")
     if calls > 1:
-        run.missing("1 call", f"{calls} calls: those who came after the first failure try again")
+        run.missing("1 call", f"{calls} calls: some of them came only after the first one had failed")
     run.note(f"{calls} calls, {dict(statuses)}, slowest {slowest:.1f} s")
 
 
