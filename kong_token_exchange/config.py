@@ -1235,6 +1235,10 @@ def _check_dpop_places(members: Members) -> None:
         raise ConfigError(
             "upstream_access_token_header", "cannot be this header with proof_of_possession_dpop"
         )
+    if (members["token_exchange"]["request"]["actor_token"]["header_name"] or "").lower() == "dpop":
+        raise ConfigError(
+            f"{_ACTOR_TOKEN}.header_name", "cannot be this header with proof_of_possession_dpop"
+        )
 
 
 def _parse_origin(value: str, path: str) -> str:

@@ -700,6 +700,15 @@ def test_a_required_actor_cannot_be_proven_in_a_result_that_is_not_read() -> Non
     assert "token_exchange.actor.required" == caught.value.path
 
 
+def test_an_actor_token_and_a_proof_of_possession_have_headers_of_their_own() -> None:
+    raw = delegating({"source": "header", "header_name": "dpop"})
+    assert "dpop" == load_config(raw).actor.header_name
+    with pytest.raises(ConfigError) as caught:
+        load_config({**raw, "proof_of_possession_dpop": "optional"})
+
+    assert "token_exchange.request.actor_token.header_name" == caught.value.path
+
+
 def test_what_is_not_used_is_a_warning() -> None:
     warnings = load_config(delegating({"source": "none", "header_name": "X-Actor"})).warnings
 

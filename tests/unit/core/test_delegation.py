@@ -1,8 +1,11 @@
 """Who acts for the subject: chains of `act`, `may_act`, and the actor that a result names."""
 
+import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kong_token_exchange.core.claims import Claims, parse_claims
 from kong_token_exchange.core.delegation import check_actors, is_actor, may_act
@@ -155,3 +158,33 @@ def test_a_result_that_names_another_actor_is_told_apart(act: object) -> None:
 
 def test_a_result_without_an_actor_names_nobody() -> None:
     assert not is_actor(claims(), AGENT)
+
+
+# --- whatever is there ----------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("agent")
+)
+NAMES = st.sampled_from(["iss", "sub", "client_id", "azp", "act", "aud", "exp", "email", "other"])
+JSON: st.SearchStrategy[Any] = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(JSON)
+def test_whatever_act_and_may_act_are_they_are_judged_within_the_tree(value: Any) -> None:
+    subject = claims(act=value, may_act=value)
+    with contextlib.suppress(ClaimError):
+        check_actors(subject, max_depth=3)
+        assert isinstance(value, dict)
+        assert value
+
+    if may_act(subject, AGENT):
+        assert value.get("sub", "agent") == "agent"
+        assert {"sub", "client_id", "azp"} & set(value)
+    if is_actor(subject, AGENT):
+        assert value.get("sub", "agent") == "agent"
+        assert value.get("iss", "https://idp.test") == "https://idp.test"
