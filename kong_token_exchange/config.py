@@ -43,6 +43,7 @@ from kong_token_exchange.core.policy import (
 from kong_token_exchange.core.target_uri import normalise_uri
 from kong_token_exchange.errors import ConfigError, InvalidTokenError
 from kong_token_exchange.protocol.bearer import is_b64token
+from kong_token_exchange.protocol.certificate import CertificateFormat
 from kong_token_exchange.protocol.exchange import ExchangeParameters
 from kong_token_exchange.schema import (
     CONFIG,
@@ -65,6 +66,7 @@ MIN_SEAL_KEY_VARIETY = 8
 MAX_SEAL_KEYS = 4
 
 ClientMethod = Literal["client_secret_basic", "client_secret_post", "none"]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Topic = Literal["forwarding", "narrowing", "subject", "actor", "issuer", "result", "credential", "time"]
 
 
@@ -122,6 +124,24 @@ class CredentialSources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateHeader:
+    """The header in which *trusted* proxies hand on the client's certificate; its name in lower case."""
+
+    name: str
+    form: CertificateFormat
+    trusted: tuple[Network, ...]
+
+    def believes(self, address: str) -> bool:
+        """Tell whether what comes from *address* is believed."""
+        try:
+            peer = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        peer = getattr(peer, "ipv4_mapped", None) or peer
+        return any(peer in network for network in self.trusted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpstreamHeader:
     """Where the result goes: scheme "bearer" gives `Bearer <token>`, "" the bare token."""
 
@@ -175,6 +195,7 @@ class PluginConfig:
     audience_claim: tuple[str, ...]
     scopes_claim: tuple[str, ...]
     possession: PossessionPolicy
+    certificate_header: CertificateHeader | None
     leeway: float
     timeout_ms: int
     deadline_ms: int
@@ -443,6 +464,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         audience_claim=tuple(members["audience_claim"]),
         scopes_claim=tuple(members["scopes_claim"]),
         possession=_build_possession(members, exchange["proof_of_possession"]),
+        certificate_header=_build_certificate_header(members, exchange["proof_of_possession"]),
         leeway=float(members["leeway"]),
         timeout_ms=int(members["timeout"]),
         deadline_ms=exchange["deadline"],
@@ -1214,6 +1236,7 @@ def _build_possession(members: Members, facts: Members) -> PossessionPolicy:
         _check_dpop_places(members)
     return PossessionPolicy(
         dpop=dpop,
+        mtls=members["proof_of_possession_mtls"],
         proof_lifetime_s=float(members["dpop_proof_lifetime"]),
         origins=frozenset(
             _parse_origin(origin, f"{path}.origins[{index}]")
@@ -1239,6 +1262,40 @@ def _check_dpop_places(members: Members) -> None:
         raise ConfigError(
             f"{_ACTOR_TOKEN}.header_name", "cannot be this header with proof_of_possession_dpop"
         )
+
+
+def _build_certificate_header(members: Members, facts: Members) -> CertificateHeader | None:
+    path, trusted = "token_exchange.proof_of_possession.trusted_ips", facts["trusted_ips"]
+    record = members["proof_of_possession_mtls_from_header"]
+    at = "proof_of_possession_mtls_from_header"
+    if record["certificate_header_name"] is None:
+        if record["certificate_header_format"] != "url_encoded":
+            raise ConfigError(f"{at}.certificate_header_name", "required")
+        if trusted:
+            raise ConfigError(path, "only with proof_of_possession_mtls_from_header")
+        return None
+    if members["proof_of_possession_mtls"] == "off":
+        raise ConfigError(at, "only with proof_of_possession_mtls")
+    if not trusted:
+        raise ConfigError(path, "required with proof_of_possession_mtls_from_header")
+    name = record["certificate_header_name"].lower()
+    at += ".certificate_header_name"
+    _check_header_name(name, at)
+    others = (members["bearer_token_header_name"], members["upstream_access_token_header"].partition(":")[0])
+    if name in _RESERVED_HEADERS | {"dpop"} or name in {other.lower() for other in others if other}:
+        raise ConfigError(at, "cannot be this header")
+    return CertificateHeader(
+        name=name,
+        form=record["certificate_header_format"],
+        trusted=tuple(_parse_network(value, f"{path}[{index}]") for index, value in enumerate(trusted)),
+    )
+
+
+def _parse_network(value: str, path: str) -> Network:
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        raise ConfigError(path, "must be an address or a network, such as 10.0.0.0/8") from None
 
 
 def _parse_origin(value: str, path: str) -> str:

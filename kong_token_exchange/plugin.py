@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 from kong_token_exchange import __version__
 from kong_token_exchange.config import PluginConfig, load_config
 from kong_token_exchange.core.dpop import PROOF_ALGORITHMS
-from kong_token_exchange.core.possession import NO_EVIDENCE, Evidence
+from kong_token_exchange.core.possession import Evidence
 from kong_token_exchange.core.target_uri import request_origin
 from kong_token_exchange.errors import (
     ConfigError,
@@ -50,6 +50,7 @@ from kong_token_exchange.protocol.bearer import (
     render,
     select_credential,
 )
+from kong_token_exchange.protocol.certificate import certificate_digest, header_of
 from kong_token_exchange.protocol.credentials import Removal, cookie_token, query_token
 from kong_token_exchange.schema import MAX_DEADLINE_MS, NAME, plugin_schema
 
@@ -58,6 +59,9 @@ PRIORITY = 1050
 
 # An operator reads of a fault once a minute, not once a request.
 ALARM_INTERVAL_S = 60.0
+
+# The most that Kong gives (kong.request.get_headers).
+_MOST_HEADERS = "1000"
 
 # `Connection` as nearly every client sends it: it names no header, so nothing is to be judged.
 _PLAIN_CONNECTIONS = frozenset({"", "keep-alive", "close", "Keep-Alive", "Close"})
@@ -274,7 +278,7 @@ class TokenExchangeInstance:
     def _share(
         self,
         share: Callable[[Callable[[], Outcome | None]], None],
-        facts: Mapping[str, str],
+        facts: Mapping[str, Any],
         decided: Decided,
     ) -> None:
         """Offer what was decided to those who wait; each is counted and audited like one that asked."""
@@ -293,7 +297,7 @@ class TokenExchangeInstance:
             return self._refusal(error, credential.scheme).encode()
         return self._encode_result(credential, repeated)
 
-    def _refuse(self, facts: Mapping[str, str], error: TokenExchangeError) -> Outcome:
+    def _refuse(self, facts: Mapping[str, Any], error: TokenExchangeError) -> Outcome:
         """Refuse one more request for what refused another."""
         credential = _Credential(token="")
         with contextlib.suppress(TokenExchangeError):
@@ -321,7 +325,7 @@ class TokenExchangeInstance:
         answer = render(error, self._challenges[scheme])
         return Answer(refusal=answer, alarm=self._alarms.text(error), error=error)
 
-    def _decide(self, facts: Mapping[str, str], *, deadline: float | None) -> Decided:
+    def _decide(self, facts: Mapping[str, Any], *, deadline: float | None) -> Decided:
         if not self._config.run_on_preflight and facts["method"] == "OPTIONS":
             return self._preflight(facts)
         try:
@@ -335,7 +339,7 @@ class TokenExchangeInstance:
             return self._refusal(error, credential.scheme)
         return credential, result
 
-    def _run(self, credential: _Credential, facts: Mapping[str, str], deadline: float | None) -> FlowResult:
+    def _run(self, credential: _Credential, facts: Mapping[str, Any], deadline: float | None) -> FlowResult:
         if not self._config.possession:
             return self._flow.run(credential.token, deadline=deadline, actor_token=credential.actor_token)
         return self._flow.run(
@@ -345,7 +349,7 @@ class TokenExchangeInstance:
             evidence=_evidence(self._config, credential.scheme, facts),
         )
 
-    def _credential(self, facts: Mapping[str, str]) -> _Credential:
+    def _credential(self, facts: Mapping[str, Any]) -> _Credential:
         limit = self._config.max_token_size
         listed = {name.strip().lower() for name in facts["connection"].split(",")}
         if not self._protected.isdisjoint(listed):
@@ -374,7 +378,7 @@ class TokenExchangeInstance:
             scheme="bearer" if header is None else scheme,
         )
 
-    def _actor_token(self, facts: Mapping[str, str]) -> str | None:
+    def _actor_token(self, facts: Mapping[str, Any]) -> str | None:
         name = self._config.actor.header_name
         if name is None:
             return None
@@ -384,7 +388,7 @@ class TokenExchangeInstance:
         except MalformedRequestError as error:
             raise MalformedRequestError(reason="actor_" + error.reason) from None
 
-    def _preflight(self, facts: Mapping[str, str]) -> Answer:
+    def _preflight(self, facts: Mapping[str, Any]) -> Answer:
         """Let a preflight pass without any credential (`run_on_preflight: false`)."""
         removals = [self._config.credential.header_name or "authorization", self._config.upstream_header.name]
         removals += self._never_upstream
@@ -446,7 +450,8 @@ def _challenges(config: PluginConfig) -> Mapping[str, Challenge]:
 
 
 def _evidence_headers(config: PluginConfig) -> tuple[str, ...]:
-    return ("dpop",) if config.possession.dpop != "off" else ()
+    names = ("dpop",) if config.possession.dpop != "off" else ()
+    return names if config.certificate_header is None else (*names, config.certificate_header.name)
 
 
 def _evidence_readers(config: PluginConfig) -> list[tuple[Fetch, str]]:
@@ -466,18 +471,25 @@ def _evidence_readers(config: PluginConfig) -> list[tuple[Fetch, str]]:
                 (Fetch("kong.request.get_forwarded_port"), "port"),
                 (Fetch("kong.nginx.get_var", "http_host"), "authority"),
             ]
+    if config.certificate_header is not None:
+        readers += [
+            (Fetch("kong.request.get_headers", _MOST_HEADERS), "headers"),
+            (Fetch("kong.client.get_ip"), "peer"),
+        ]
+    elif config.possession.mtls != "off":
+        readers.append((Fetch("kong.nginx.get_var", "ssl_client_escaped_cert"), "certificate"))
     return readers
 
 
-def _evidence(config: PluginConfig, scheme: Literal["bearer", "dpop"], facts: Mapping[str, str]) -> Evidence:
+def _evidence(config: PluginConfig, scheme: Literal["bearer", "dpop"], facts: Mapping[str, Any]) -> Evidence:
+    x5t_s256 = _certificate(config, facts)
     if scheme == "bearer":
-        return NO_EVIDENCE
+        return Evidence(x5t_s256=x5t_s256)
     origins = config.possession.origins
     if not origins:
         origin = request_origin(
             scheme=facts["scheme"],
             host=facts["host"],
-            # Kong's number, as text where kong-pdk fetched it.
             port=str(facts["port"]),
             authority=facts["authority"],
         )
@@ -488,7 +500,18 @@ def _evidence(config: PluginConfig, scheme: Literal["bearer", "dpop"], facts: Ma
         method=facts["method"],
         path=facts["path"],
         origins=origins,
+        x5t_s256=x5t_s256,
     )
+
+
+def _certificate(config: PluginConfig, facts: Mapping[str, Any]) -> str | None:
+    """Return the digest of the client's certificate, None without one that is to be believed."""
+    source = config.certificate_header
+    if source is None:
+        return certificate_digest(facts.get("certificate", ""), "url_encoded")
+    if not source.believes(facts["peer"]):
+        return None
+    return certificate_digest(header_of(facts["headers"], source.name), source.form)
 
 
 def _clear(*names: str) -> tuple[str, ...]:
@@ -515,14 +538,17 @@ def _shared_facts(result: FlowResult) -> dict[str, str]:
     return facts
 
 
-def _fetch(kong: Any, fetch: Fetch) -> str:
+def _fetch(kong: Any, fetch: Fetch) -> Any:
     """Call a getter by name; kong-pdk answers (data, err) in its Lua style and None for an absent text."""
     target = kong
     for part in fetch.method.split(".")[1:]:
         target = getattr(target, part)
-    value = target(fetch.argument) if fetch.argument else target()
+    argument = int(fetch.argument) if fetch.argument.isdigit() else fetch.argument
+    value = target(argument) if argument else target()
     if isinstance(value, tuple):
         value = value[0]
+    if isinstance(value, Mapping):
+        return value
     return "" if value is None else str(value)
 
 

@@ -327,6 +327,70 @@ _CHECKS: dict[str, Field] = {
     ),
 }
 
+_NO_CHAIN = "not supported: a plugin server cannot read Kong's certificates; who ends TLS verifies the chain"
+_NO_REVOCATION = "not supported: revocation is not checked here, but where TLS ends"
+
+_CERTIFICATE_HEADER = _record(
+    "Where the client's certificate is when a proxy in front of Kong ends TLS: in a header that this proxy"
+    " sets and that no client can. It is taken instead of the certificate of the connection.",
+    {
+        # Kong fills in a record that is absent with its defaults, so nothing in it may be required.
+        "certificate_header_name": _text(
+            "The name of the header. Without it the whole record is as if it were absent.",
+            difference="Kong requires it.",
+        ),
+        "certificate_header_format": _text(
+            "How it is written: `url_encoded` is PEM, percent-encoded; `base64_encoded` is base64 of DER or"
+            " PEM.",
+            default="url_encoded",
+            one_of=("base64_encoded", "url_encoded"),
+        ),
+        "secure_source": replace(
+            _flag(
+                "Take the header from trusted addresses only, which are those of"
+                " `token_exchange.proof_of_possession.trusted_ips`.",
+                default=True,
+                difference="A plugin server cannot see Kong's `trusted_ips`. `false` is refused.",
+            ),
+            only_default="must be true: a certificate is public, so anybody could send one",
+        ),
+        "ca_certificates": replace(
+            _texts(
+                "Ids of the CA certificates trusted.",
+                difference="Refused: a plugin server cannot read them. The token names one certificate, and"
+                " who ends TLS verifies its chain.",
+            ),
+            only_default=_NO_CHAIN,
+        ),
+        "allow_partial_chain": _flag(
+            "Accept a chain that ends before the root.", default=False, only_default=_NO_CHAIN
+        ),
+        "revocation_check_mode": replace(
+            _text(
+                "How revocation is checked.",
+                default="SKIP",
+                one_of=("IGNORE_CA_ERROR", "SKIP", "STRICT"),
+                difference="Kong's default is IGNORE_CA_ERROR. Revocation is not checked here, so only"
+                " `SKIP` is accepted.",
+            ),
+            only_default=_NO_REVOCATION,
+        ),
+        **{
+            name: replace(member, only_default=_NO_REVOCATION)
+            for name, member in {
+                "cert_cache_ttl": _number("Milliseconds that a revocation answer is cached.", default=60000),
+                "http_timeout": _number("Milliseconds for OCSP and CRL.", default=30000),
+                "http_proxy_host": _text("The proxy for http."),
+                "http_proxy_port": _integer("The port of that proxy.", between=(0, 65535)),
+                "https_proxy_host": _text("The proxy for https."),
+                "https_proxy_port": _integer("The port of that proxy.", between=(0, 65535)),
+                "ssl_verify": _flag("Verify the certificate of the OCSP or CRL server.", default=True),
+            }.items()
+        },
+    },
+    difference="Without `proof_of_possession_mtls` it is refused.",
+)
+
 _POSSESSION: dict[str, Field] = {
     "proof_of_possession_dpop": _text(
         "Whether a DPoP proof (RFC 9449) is asked for: `strict` of every request, `optional` for tokens that"
@@ -341,6 +405,15 @@ _POSSESSION: dict[str, Field] = {
         between=(1, 300),
         difference="At most 300.",
     ),
+    "proof_of_possession_mtls": _text(
+        "Whether the client's certificate (RFC 8705) is asked for: `strict` of every request, `optional` for"
+        " tokens that are bound to one (`cnf.x5t#S256`).",
+        default="off",
+        one_of=("off", "optional", "strict"),
+        difference="With `off` a bound token is refused. The certificate of the connection is there only"
+        " where Kong's nginx asks for it.",
+    ),
+    "proof_of_possession_mtls_from_header": _CERTIFICATE_HEADER,
 }
 
 _REQUEST: dict[str, Field] = {
@@ -643,6 +716,10 @@ _POSSESSION_FACTS = _record(
             " it is the caller's own word.",
             len_min=1,
         ),
+        "trusted_ips": _texts(
+            "Addresses or networks (`10.0.0.0/8`) of the proxies whose certificate header is believed.",
+            len_min=1,
+        ),
     },
 )
 
@@ -850,9 +927,8 @@ def _claim_headers(description: str) -> Field:
     )
 
 
-# Kong requires two members in each of `protected_resource_metadata` and
-# `proof_of_possession_mtls_from_header`. As long as nothing may be set there, asking for
-# one member would only hide the message that matters.
+# Kong requires two members in `protected_resource_metadata`. As long as nothing may be set there,
+# asking for one member would only hide the message that matters.
 _LATER: dict[str, Field] = {
     "introspection_endpoint": _reference("The introspection endpoint."),
     "introspection_endpoint_auth_method": _text(
@@ -914,33 +990,6 @@ _LATER: dict[str, Field] = {
             "authorization_servers": _texts("The issuers to advertise.", len_min=1),
             "scopes_supported": _texts("The scopes to advertise.", len_min=1),
             "metadata_endpoint": _text("The path of the metadata document."),
-        },
-    ),
-    "proof_of_possession_mtls": _text(
-        "Demand proof of possession by mTLS.", default="off", one_of=("off", "optional", "strict")
-    ),
-    "proof_of_possession_mtls_from_header": _record(
-        "The client certificate from a header that a proxy sets.",
-        {
-            "certificate_header_name": _text("The name of the header."),
-            "certificate_header_format": _text(
-                "How it is written.", default="url_encoded", one_of=("base64_encoded", "url_encoded")
-            ),
-            "ca_certificates": _texts("Ids of the CA certificates trusted."),
-            "secure_source": _flag("Take the header from trusted addresses only.", default=True),
-            "allow_partial_chain": _flag("Accept a chain that ends before the root.", default=False),
-            "revocation_check_mode": _text(
-                "How revocation is checked.",
-                default="IGNORE_CA_ERROR",
-                one_of=("IGNORE_CA_ERROR", "SKIP", "STRICT"),
-            ),
-            "cert_cache_ttl": _number("Milliseconds that a revocation answer is cached.", default=60000),
-            "http_timeout": _number("Milliseconds for OCSP and CRL.", default=30000),
-            "http_proxy_host": _text("The proxy for http."),
-            "http_proxy_port": _integer("The port of that proxy.", between=(0, 65535)),
-            "https_proxy_host": _text("The proxy for https."),
-            "https_proxy_port": _integer("The port of that proxy.", between=(0, 65535)),
-            "ssl_verify": _flag("Verify the certificate of the OCSP or CRL server.", default=True),
         },
     ),
     "discovery_headers_names": _texts("Names of extra headers of the discovery request."),
@@ -1176,6 +1225,11 @@ def reference_markdown() -> str:
     for title, section in SECTIONS.items():
         rows = {name: member for name, member in section.items() if member.only_default != NOT_YET}
         parts.append(f"### {title}\n\n{_table(rows)}")
+        parts += [
+            f"### `{name}`\n\n{describe(member)}\n\n{_table(member.fields)}"
+            for name, member in rows.items()
+            if member.type == "record"
+        ]
     redis = [
         below
         for below in _records_below("cluster_cache_redis", _SHARED["cluster_cache_redis"])

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ssl
 import time
+from contextlib import closing
+from http.client import HTTPSConnection
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
 import requests
 
-from tests.integration.test_gateway import Stage, one_route, stage
+from kong_token_exchange.sandbox.demo import ISSUER_ADDRESS, UPSTREAM_ADDRESSES
+from kong_token_exchange.sandbox.issuer import IssuerServer
+from kong_token_exchange.sandbox.upstream import EchoUpstream
+from tests.support.gateways import KongOnPath, free_port, kong_version
 from tests.support.proofs import Holder
-
-__all__ = ["stage"]
+from tests.support.stage import Stage, one_route
+from tests.unit.protocol.test_certificate import DIGEST, OTHER_PEM, PEM, PRIVATE_PEM
 
 pytestmark = pytest.mark.integration
 
@@ -88,3 +96,85 @@ def test_strict_takes_bound_tokens_alone(stage: Stage) -> None:
     assert (401, 0) == (answer.status_code, stage.upstream.hits)
     token = stage.token(cnf=holder.cnf)
     assert 200 == get(stage, token, prove(stage, token)).status_code
+
+
+# --- certificates ---------------------------------------------------------------------
+
+
+def from_header(trusted: str) -> dict[str, Any]:
+    config = one_route(
+        proof_of_possession_mtls="optional",
+        proof_of_possession_mtls_from_header={"certificate_header_name": "X-Client-Cert"},
+    )
+    plugin = config["services"][0]["routes"][0]["plugins"][0]["config"]
+    plugin["token_exchange"]["proof_of_possession"] = {"trusted_ips": [trusted]}
+    return config
+
+
+def test_clm_32_a_certificate_comes_in_the_header_of_a_trusted_proxy(stage: Stage) -> None:
+    stage.start(from_header("127.0.0.0/8"))
+    token = stage.token(cnf={"x5t#S256": DIGEST})
+    sent = {"X-Client-Cert": quote(PEM, safe=""), "x_client_cert": quote(OTHER_PEM, safe="")}
+
+    assert 200 == stage.get(token=token, headers=sent).status_code
+    request = stage.upstream.log.last()
+    assert request is not None
+    assert {name.lower().replace("_", "-") for name, _ in request.headers}.isdisjoint({"x-client-cert"})
+
+    refused = [
+        stage.get(token=token),
+        stage.get(token=token, headers={"X-Client-Cert": quote(OTHER_PEM, safe="")}),
+        # What a proxy that sets X-Client-Cert need not look at.
+        stage.get(token=token, headers={"x_client_cert": quote(PEM, safe="")}),
+    ]
+    assert [401] * 3 == [answer.status_code for answer in refused]
+    assert 1 == stage.upstream.hits
+
+
+def test_clm_32_anybody_elses_certificate_header_counts_for_nothing(stage: Stage) -> None:
+    stage.start(from_header("192.0.2.0/24"))
+    headers = {"X-Client-Cert": quote(PEM, safe="")}
+
+    assert 401 == stage.get(token=stage.token(cnf={"x5t#S256": DIGEST}), headers=headers).status_code
+    assert 0 == stage.upstream.hits
+    # An unbound token needs none, and the header goes no further.
+    assert 200 == stage.get(token=stage.token(), headers=headers).status_code
+    request = stage.upstream.log.last()
+    assert request is not None
+    assert "x-client-cert" not in {name.lower() for name, _ in request.headers}
+
+
+@pytest.mark.skipif(kong_version() is None, reason="no real Kong: no `kong` on PATH")
+def test_kong_tells_the_certificate_of_a_tls_connection(tmp_path: Path) -> None:
+    tls = free_port()
+    client = tmp_path / "client.pem"
+    client.write_bytes(PEM.encode() + PRIVATE_PEM)
+    with IssuerServer() as issuers, EchoUpstream() as upstream:
+        kong = KongOnPath(
+            one_route(proof_of_possession_mtls="strict"),
+            upstreams=dict.fromkeys(UPSTREAM_ADDRESSES.values(), upstream.address),
+            issuers={ISSUER_ADDRESS: issuers.address},
+            settings={"nginx_proxy_ssl_verify_client": "optional_no_ca"},
+            also_listen=f", 127.0.0.1:{tls} ssl",
+        )
+        try:
+            token = issuers.issuers["internal"].mint(
+                scopes=("orders", "add-client-2-as-audience"), cnf={"x5t#S256": DIGEST}
+            )
+
+            def status(certificate: str | None) -> int:
+                context = ssl.create_default_context()
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                if certificate:
+                    context.load_cert_chain(certificate)
+                with closing(HTTPSConnection("127.0.0.1", tls, context=context, timeout=30)) as connection:
+                    headers = {"Host": "localhost", "Authorization": f"Bearer {token}"}
+                    connection.request("GET", "/orders", headers=headers)
+                    answer = connection.getresponse()
+                    answer.read()
+                    return answer.status
+
+            assert (200, 1) == (status(str(client)), upstream.hits)
+            assert (401, 1) == (status(None), upstream.hits)
+        finally:
+            kong.stop()

@@ -84,6 +84,7 @@ class KongOnPath:
         issuers: Resolve,
         log_level: str = "info",
         settings: Mapping[str, str] | None = None,
+        also_listen: str = "",
     ) -> None:
         self.name = f"kong-{kong_version()}(path)"
         self.prefix = Path(tempfile.mkdtemp(prefix="kte-", dir="/tmp"))
@@ -103,7 +104,7 @@ class KongOnPath:
             "declarative_config": str(self.config_path),
             "prefix": str(self.prefix / "kong"),
             "nginx_main_worker_processes": "1",
-            "proxy_listen": f"127.0.0.1:{proxy}, 127.0.0.1:{http2} http2",
+            "proxy_listen": f"127.0.0.1:{proxy}, 127.0.0.1:{http2} http2{also_listen}",
             "admin_listen": f"127.0.0.1:{admin}",
             "admin_gui_listen": "off",
             "status_listen": "off",

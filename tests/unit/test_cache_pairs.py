@@ -49,6 +49,13 @@ Changes = dict[str, Any]
 STATIC = target.mint(sub="gateway", aud="gateway", azp="gateway")
 BY_HEADER: Changes = {f"{ACTOR_TOKEN}.source": "header", f"{ACTOR_TOKEN}.header_name": "X-Actor"}
 
+CERTIFICATE = "proof_of_possession_mtls_from_header"
+BY_CERTIFICATE: Changes = {
+    "proof_of_possession_mtls": "optional",
+    f"{CERTIFICATE}.certificate_header_name": "x-client-cert",
+    "token_exchange.proof_of_possession.trusted_ips": ["10.0.0.1"],
+}
+
 # Each field: what the one says, and what the other says. They differ in this field alone.
 FIELDS: dict[str, tuple[Changes, Changes]] = {
     "issuer": (
@@ -86,6 +93,19 @@ FIELDS: dict[str, tuple[Changes, Changes]] = {
     "leeway": ({}, {"leeway": 1}),
     "proof_of_possession_dpop": ({}, {"proof_of_possession_dpop": "optional"}),
     "dpop_proof_lifetime": ({}, {"dpop_proof_lifetime": 60}),
+    "proof_of_possession_mtls": ({}, {"proof_of_possession_mtls": "optional"}),
+    f"{CERTIFICATE}.certificate_header_name": (
+        BY_CERTIFICATE,
+        {**BY_CERTIFICATE, f"{CERTIFICATE}.certificate_header_name": "x-other"},
+    ),
+    f"{CERTIFICATE}.certificate_header_format": (
+        BY_CERTIFICATE,
+        {**BY_CERTIFICATE, f"{CERTIFICATE}.certificate_header_format": "base64_encoded"},
+    ),
+    "token_exchange.proof_of_possession.trusted_ips": (
+        BY_CERTIFICATE,
+        {**BY_CERTIFICATE, "token_exchange.proof_of_possession.trusted_ips": ["10.0.0.2"]},
+    ),
     "token_exchange.proof_of_possession.origins": (
         {"proof_of_possession_dpop": "optional"},
         {

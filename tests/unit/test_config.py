@@ -158,7 +158,7 @@ def spelt_out(field: Field) -> Any:
 
 def test_every_default_may_be_spelt_out() -> None:
     full = spelt_out(CONFIG)
-    del full["protected_resource_metadata"], full["proof_of_possession_mtls_from_header"]
+    del full["protected_resource_metadata"]
     full |= {name: BASE[name] for name in ("issuer", "client_id", "client_secret")}
     full["token_exchange"]["subject_token_issuers"] = BASE["token_exchange"]["subject_token_issuers"]
 
@@ -1290,3 +1290,76 @@ DPOP = {"proof_of_possession_dpop": "optional"}
 )
 def test_proofs_that_could_not_be_judged_do_not_load(changes: dict[str, object], path: str) -> None:
     assert refuse(changes).path == path
+
+
+FROM_HEADER = "proof_of_possession_mtls_from_header"
+CERTIFICATES: dict[str, object] = {
+    "proof_of_possession_mtls": "optional",
+    FROM_HEADER: {"certificate_header_name": "X-Client-Cert"},
+    f"{POSSESSION}.trusted_ips": ["10.0.0.0/8", "2001:db8::1"],
+}
+
+
+def test_a_certificate_of_the_connection_needs_nothing_more() -> None:
+    config = load({"proof_of_possession_mtls": "strict"})
+
+    assert (config.possession.mtls, config.certificate_header) == ("strict", None)
+
+
+def test_a_certificate_in_a_header_comes_from_trusted_addresses() -> None:
+    header = load(CERTIFICATES).certificate_header
+
+    assert header is not None
+    assert (header.name, header.form) == ("x-client-cert", "url_encoded")
+    addresses = {
+        "10.1.2.3": True, "::ffff:10.1.2.3": True, "2001:db8::1": True, "11.1.2.3": False, "::1": False,
+        "2001:db8::2": False, "": False, "unix:": False,
+    }  # fmt: skip
+    assert {address: header.believes(address) for address in addresses} == addresses
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"proof_of_possession_mtls": "off"}, FROM_HEADER),
+        ({f"{POSSESSION}.trusted_ips": None}, f"{POSSESSION}.trusted_ips"),
+        ({FROM_HEADER: None}, f"{POSSESSION}.trusted_ips"),
+        ({f"{POSSESSION}.trusted_ips": ["10.0.0.0/8", "10.0.0.1/8"]}, f"{POSSESSION}.trusted_ips[1]"),
+        ({f"{POSSESSION}.trusted_ips": ["proxy"]}, f"{POSSESSION}.trusted_ips[0]"),
+        ({FROM_HEADER: {"allow_partial_chain": False}}, f"{POSSESSION}.trusted_ips"),
+        (
+            {FROM_HEADER: {"certificate_header_format": "base64_encoded"}},
+            f"{FROM_HEADER}.certificate_header_name",
+        ),
+        *(
+            ({f"{FROM_HEADER}.certificate_header_name": name}, f"{FROM_HEADER}.certificate_header_name")
+            for name in ("x cert", "x_cert", "a-b-c-d-e-f", "Authorization", "cookie", "DPoP", "Host")
+        ),
+        (
+            {f"{FROM_HEADER}.certificate_header_name": "x-up", "upstream_access_token_header": "X-Up:bearer"},
+            f"{FROM_HEADER}.certificate_header_name",
+        ),
+        (
+            {f"{FROM_HEADER}.certificate_header_name": "x-in", "bearer_token_header_name": "X-In"},
+            f"{FROM_HEADER}.certificate_header_name",
+        ),
+        *(
+            ({f"{FROM_HEADER}.{name}": value}, f"{FROM_HEADER}.{name}")
+            for name, value in {
+                "secure_source": False, "ca_certificates": ["b8a1"], "allow_partial_chain": True,
+                "revocation_check_mode": "IGNORE_CA_ERROR", "cert_cache_ttl": 1, "http_timeout": 1,
+                "http_proxy_host": "proxy", "https_proxy_port": 1, "ssl_verify": False,
+                "certificate_header_format": "der",
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_certificates_that_could_not_be_judged_do_not_load(changes: dict[str, object], path: str) -> None:
+    flat = {**CERTIFICATES, FROM_HEADER: dict(CERTIFICATES[FROM_HEADER])}  # type: ignore[call-overload]
+    for name, value in changes.items():
+        record, _, member = name.partition(".")
+        if record == FROM_HEADER and member:
+            flat[FROM_HEADER][member] = value
+        else:
+            flat[name] = value
+    assert refuse({name: value for name, value in flat.items() if value is not None}).path == path

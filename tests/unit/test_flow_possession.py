@@ -17,6 +17,7 @@ from kong_token_exchange.ports import NotInMemoryError
 from tests.support.fakes import PATIENCE_S, run_in_threads, token_response
 from tests.support.minting import NOW
 from tests.support.proofs import METHOD, Holder
+from tests.unit.protocol.test_certificate import DIGEST
 from tests.unit.test_flow import Bench, config_with, partner, result_token, target
 
 ORIGIN = "https://api.test:443"
@@ -193,3 +194,55 @@ def test_clm_27_nothing_is_proven_where_nothing_is_configured() -> None:
 
     assert "jwt_claim" == refusal(made, TOKEN, evidence(holder.prove(TOKEN))).reason
     assert "miss" == made.run(PLAIN).cache
+
+
+# --- certificates ---------------------------------------------------------------------
+
+CERTIFIED = target.mint(aud="gateway", cnf={"x5t#S256": DIGEST})
+
+
+def by_certificate(mode: str = "optional", **changes: Any) -> Bench:
+    return Bench(config_with({"proof_of_possession_mtls": mode, **changes}))
+
+
+def test_a_token_comes_with_the_certificate_that_it_is_bound_to() -> None:
+    made = by_certificate("strict")
+
+    assert "miss" == made.run(CERTIFIED, evidence=Evidence(x5t_s256=DIGEST)).cache
+    # A certificate is no proof of a single request: the same one counts each time.
+    assert "hit" == made.run(CERTIFIED, within=None, evidence=Evidence(x5t_s256=DIGEST)).cache
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["fresh", "cached"])
+@pytest.mark.parametrize(
+    ("x5t_s256", "reason"), [(None, "certificate_missing"), ("A" * 43, "certificate_differs")]
+)
+def test_clm_27_a_stolen_token_is_refused_cached_or_not(
+    x5t_s256: str | None, reason: str, cached: bool
+) -> None:
+    made = by_certificate()
+    if cached:
+        made.run(CERTIFIED, evidence=Evidence(x5t_s256=DIGEST))
+
+    for within in (5.0, None):
+        error = refusal(made, CERTIFIED, Evidence(x5t_s256=x5t_s256), within=within)
+        assert (PossessionError, reason, 401) == (type(error), error.reason, error.status)
+    assert int(cached) == made.sender.count()
+
+
+def test_strict_takes_no_token_without_a_certificate() -> None:
+    assert "token_not_bound" == refusal(by_certificate("strict"), PLAIN, Evidence(x5t_s256=DIGEST)).reason
+    assert "miss" == by_certificate().run(PLAIN).cache
+
+
+def test_a_token_that_is_bound_to_both_needs_both() -> None:
+    token = target.mint(aud="gateway", cnf={**holder.cnf, "x5t#S256": DIGEST})
+    made = by_certificate(proof_of_possession_dpop="optional")
+
+    for brought, reason in (
+        (Evidence(x5t_s256=DIGEST), "scheme_not_for_this_token"),
+        (evidence(holder.prove(token)), "certificate_missing"),
+        (evidence("", x5t_s256=DIGEST), "dpop_missing"),
+    ):
+        assert reason == refusal(made, token, brought).reason
+    assert made.run(token, evidence=evidence(holder.prove(token), x5t_s256=DIGEST))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -10,6 +11,7 @@ from kong_token_exchange.core.dpop import PROOF_ALGORITHMS
 from kong_token_exchange.core.possession import NO_EVIDENCE
 from kong_token_exchange.errors import IssuerUnavailableError, ProofError, SignatureError
 from kong_token_exchange.ports import NotInMemoryError
+from tests.unit.protocol.test_certificate import DIGEST, PEM
 from tests.unit.test_plugin import exchanged, forwarded, read_calls, refused, start
 
 FACTS = {
@@ -112,6 +114,7 @@ def test_a_pool_thread_sees_the_same_evidence() -> None:
 def test_requests_with_a_proof_do_not_wait_for_one_another() -> None:
     assert start()[0].coalesce([]) is not None
     assert start(proof_of_possession_dpop="optional")[0].coalesce([]) is None
+    assert start(**FROM_HEADER)[0].coalesce([]) is None
 
 
 def test_the_same_request_is_judged_each_time() -> None:
@@ -254,3 +257,91 @@ class FactsKong:
             return self._facts[key]
         self.calls.append((self._path, *arguments))
         return None
+
+
+# --- certificates ---------------------------------------------------------------------
+
+FROM_HEADER = {
+    "proof_of_possession_mtls": "optional",
+    "proof_of_possession_mtls_from_header": {"certificate_header_name": "X-Client-Cert"},
+    "token_exchange": {
+        "subject_token_issuers": [{"issuer": "https://idp.test", "conditions": {"has_audience": ["api"]}}],
+        "proof_of_possession": {"trusted_ips": ["10.0.0.0/8"]},
+    },
+}
+ESCAPED = quote(PEM, safe="")
+
+
+def test_the_certificate_of_the_connection_is_asked_of_nginx() -> None:
+    instance, flow = start(proof_of_possession_mtls="optional")
+
+    warm(instance, header="Bearer a.b.c", certificate=ESCAPED)
+    warm(instance, header="Bearer a.b.c", certificate="")
+
+    assert ("kong.nginx.get_var", "ssl_client_escaped_cert") in [
+        (fetch.method, fetch.argument) for fetch in instance.prefetch
+    ]
+    assert [DIGEST, None] == [evidence.x5t_s256 for evidence in flow.evidence]
+
+
+HEADERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "trusted": ({"x-client-cert": ESCAPED}, "10.1.1.1", DIGEST),
+    "CLM-32-untrusted": ({"x-client-cert": ESCAPED}, "192.0.2.1", None),
+    "CLM-32-no-address": ({"x-client-cert": ESCAPED}, "", None),
+    "CLM-32-other-spelling": ({"x_client_cert": ESCAPED}, "10.1.1.1", None),
+    "CLM-32-twice": ({"x-client-cert": [ESCAPED, ESCAPED]}, "10.1.1.1", None),
+    "absent": ({}, "10.1.1.1", None),
+    "malformed": ({"x-client-cert": "x"}, "10.1.1.1", None),
+}
+
+
+@pytest.mark.parametrize(("headers", "peer", "digest"), HEADERS.values(), ids=HEADERS)
+def test_a_certificate_in_a_header_is_believed_of_trusted_addresses(
+    headers: dict[str, Any], peer: str, digest: str | None
+) -> None:
+    instance, flow = start(**FROM_HEADER)
+
+    calls = read_calls(warm(instance, header="Bearer a.b.c", headers=headers, peer=peer))
+
+    assert [digest] == [evidence.x5t_s256 for evidence in flow.evidence]
+    cleared = {name for method, name in calls if method == "kong.service.request.clear_header"}
+    assert {"x-client-cert", "x_client_cert", "x-client_cert", "x_client-cert"} <= cleared
+    assert instance._leases is None
+
+
+def test_a_pool_thread_sees_the_same_certificate() -> None:
+    def answer(deadline: float | None) -> Any:
+        if deadline is None:
+            raise NotInMemoryError
+        return exchanged(cache="miss")
+
+    instance, flow = start(answer, **FROM_HEADER)
+    facts = {"header": "Bearer a.b.c", "headers": {"x-client-cert": ESCAPED}, "peer": "10.1.1.1"}
+
+    assert warm(instance, **facts) is None
+    instance.access(
+        FactsKong(
+            {
+                ("kong.request.get_header", "authorization"): "Bearer a.b.c",
+                ("kong.request.get_headers", 1000): {"x-client-cert": ESCAPED},
+                ("kong.client.get_ip", ""): "10.1.1.1",
+            }
+        )
+    )
+
+    assert [DIGEST, DIGEST] == [evidence.x5t_s256 for evidence in flow.evidence]
+
+
+def test_both_proofs_at_once() -> None:
+    instance, flow = start(**FROM_HEADER, proof_of_possession_dpop="optional")
+
+    calls = read_calls(warm(instance, headers={"x-client-cert": ESCAPED}, peer="10.1.1.1"))
+
+    assert ("dpop", "p.r.o", DIGEST) == (
+        flow.evidence[0].scheme,
+        flow.evidence[0].proof,
+        flow.evidence[0].x5t_s256,
+    )
+    assert ("kong.service.request.clear_header", "dpop") in calls
+    challenge = ending(warm(instance, header="", headers={}, peer="")).headers["WWW-Authenticate"]
+    assert challenge.startswith('Bearer realm="kong", DPoP')

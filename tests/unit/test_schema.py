@@ -29,13 +29,14 @@ DELIBERATE_DIFFERENCES: dict[tuple[str, str], tuple[object, object]] = {
     ("cluster_cache_redis.connect_timeout", "default"): (2000, 50),
     ("cluster_cache_redis.read_timeout", "default"): (2000, 50),
     ("cluster_cache_redis.send_timeout", "default"): (2000, 50),
+    ("proof_of_possession_mtls_from_header.ca_certificates", "required"): (True, None),
+    ("proof_of_possession_mtls_from_header.certificate_header_name", "required"): (True, None),
+    ("proof_of_possession_mtls_from_header.revocation_check_mode", "default"): ("IGNORE_CA_ERROR", "SKIP"),
 }
 # Nothing may be set in these records yet, so nothing in them is required.
 NOT_REQUIRED_YET = {
     "protected_resource_metadata.resource",
     "protected_resource_metadata.authorization_servers",
-    "proof_of_possession_mtls_from_header.certificate_header_name",
-    "proof_of_possession_mtls_from_header.ca_certificates",
 }
 DELIBERATE_DIFFERENCES |= {(path, "required"): (True, None) for path in NOT_REQUIRED_YET}
 OURS_ALONE = {
