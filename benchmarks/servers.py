@@ -64,6 +64,9 @@ class Silence:
         """Return what counts nothing."""
         return lambda: None
 
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        """Take in nothing."""
+
     def record(self, event: AuditEvent) -> None:
         """Record nothing."""
 

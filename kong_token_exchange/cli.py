@@ -131,6 +131,7 @@ def _run_serve(options: argparse.Namespace) -> int:
     from kong_token_exchange.shell.clock import SystemClock  # noqa: PLC0415 - see above
     from kong_token_exchange.shell.log_queue import queue_log_lines  # noqa: PLC0415 - see above
     from kong_token_exchange.shell.proof_memory import SharedProofMemory  # noqa: PLC0415 - see above
+    from kong_token_exchange.shell.report import report_on_signal  # noqa: PLC0415 - see above
     from kong_token_exchange.wiring import Shells, constant_faults  # noqa: PLC0415 - see above
 
     # Kong merges both streams into its error log, line by line.
@@ -155,6 +156,7 @@ def _run_serve(options: argparse.Namespace) -> int:
             cache_entries=options.cache_entries,
             cache_bytes=options.cache_size * 1024 * 1024,
         )
+        report_on_signal(shells.report)
         return shells.make_plugin(max_deadline_ms=int(options.deadline * 1000))
 
     try:

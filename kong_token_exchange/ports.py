@@ -283,7 +283,7 @@ class AuditSink(Protocol):
 
 
 class Metrics(Protocol):
-    """Counts things by name; labels come from fixed sets."""
+    """Counts and times things by name; labels come from fixed sets."""
 
     def count(self, name: str, **labels: str) -> None:
         """Add one."""
@@ -291,4 +291,8 @@ class Metrics(Protocol):
 
     def counter(self, name: str, **labels: str) -> Callable[[], None]:
         """Return what adds one to the same count each time it is called."""
+        ...
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        """Take in how long something took."""
         ...

@@ -7,6 +7,9 @@ shared between processes (docs/adr/0002-own-plugin-server.md).
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import threading
 from collections.abc import Mapping
 
@@ -35,6 +38,8 @@ from kong_token_exchange.shell.proof_memory import SharedProofMemory
 from kong_token_exchange.shell.refresher import BackgroundRefresher
 from kong_token_exchange.shell.secret_file import SecretFile
 from kong_token_exchange.shell.token_cache import MAX_BYTES, MAX_ENTRIES, MemoryTokenCache
+
+_metrics_log = logging.getLogger("kong_token_exchange.metrics")
 
 
 class Shells:
@@ -169,6 +174,25 @@ class Shells:
                 timeout_s=policy.redis.timeout_s,
             )
         return made
+
+    def report(self) -> None:
+        """Write one line with the counters, the times and what the caches hold."""
+        times = {
+            name: {
+                "count": times.count,
+                "mean_ms": round(1000 * times.total / times.count, 1),
+                "max_ms": round(1000 * times.longest, 1),
+            }
+            for name, times in self.metrics.times().items()
+        }
+        line = {
+            "event": "counters",
+            "pid": os.getpid(),
+            "counters": dict(sorted(self.metrics.snapshot().items())),
+            "times": times,
+            "cache": self.cache.sizes(),
+        }
+        _metrics_log.info("%s", json.dumps(line, separators=(",", ":")))
 
     def make_plugin(self, *, max_deadline_ms: int = MAX_DEADLINE_MS) -> TokenExchangePlugin:
         """Return the plugin over these shells."""

@@ -29,6 +29,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ _REPORT = struct.Struct("<QQ")  # connections taken in all, open now
 _SPARE_DESCRIPTORS = 512
 
 # Writes the places where a worker's threads are to its standard error: files, lines, no values.
-_TELL_SIGNAL = signal.SIGUSR1
+_TELL_SIGNAL = signal.SIGUSR2
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -173,7 +174,7 @@ def serve_workers(
         parent=parent if exit_with_parent else None,
         ready=ready,
     )
-    with stopped_by_signals(supervisor):
+    with stopped_by_signals(supervisor), supervisor.passing_on(signal.SIGUSR1):
         return supervisor.run()
 
 
@@ -418,6 +419,23 @@ class Supervisor:
         """Return the descriptor for `signal.set_wakeup_fd`."""
         return self._wake_send.fileno()
 
+    @contextlib.contextmanager
+    def passing_on(self, number: int) -> Iterator[None]:
+        """Hand signal *number* on to every worker; outside of the main thread do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(number, self._pass_on)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        for worker in self._workers():
+            with contextlib.suppress(OSError):
+                os.kill(worker.pid, number)
+
     # --- the loop ---------------------------------------------------------------------
 
     def run(self) -> int:
@@ -573,6 +591,8 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            # A worker that does not know it yet is not to die of it, and has nobody to hand it on to.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
             # The other workers' pairs, too: an end held open here would hide the supervisor's death.
             for sock in self._inherited(ours):

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from kong_token_exchange.ports import AuditEvent, Clock
 
@@ -96,12 +97,36 @@ def _bounded(value: object) -> object:
     return value[:_MAX_TEXT] if isinstance(value, str) else value
 
 
+# Upper bounds of the classes that times are counted in, seconds: from a token endpoint next door to the
+# longest deadline. What took longer is in none of them, and in `count`.
+TIME_CLASSES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(slots=True)
+class Times:
+    """How often something took how long, in sum and at most, seconds; each class counts those below, too."""
+
+    count: int = 0
+    total: float = 0.0
+    longest: float = 0.0
+    classes: list[int] = field(default_factory=lambda: [0] * len(TIME_CLASSES_S))
+
+    def take(self, seconds: float) -> None:
+        """Take in one."""
+        self.count += 1
+        self.total += seconds
+        self.longest = max(self.longest, seconds)
+        for index in range(bisect_left(TIME_CLASSES_S, seconds), len(TIME_CLASSES_S)):
+            self.classes[index] += 1
+
+
 class CountingMetrics:
     """Implements `ports.Metrics` in memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._times: dict[str, Times] = {}
 
     def count(self, name: str, **labels: str) -> None:
         """Add one to the counter of that name and those labels."""
@@ -109,7 +134,7 @@ class CountingMetrics:
 
     def counter(self, name: str, **labels: str) -> Callable[[], None]:
         """Return what adds one to that counter: for a place that counts the same thing at every request."""
-        key = name + "".join(f",{label}={value}" for label, value in labels.items())
+        key = _key(name, labels)
         counts, lock = self._counts, self._lock
 
         def add() -> None:
@@ -118,7 +143,22 @@ class CountingMetrics:
 
         return add
 
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        """Take in how long something took."""
+        key = _key(name, labels)
+        with self._lock:
+            self._times.setdefault(key, Times()).take(seconds)
+
     def snapshot(self) -> dict[str, int]:
         """Return all counters."""
         with self._lock:
             return dict(self._counts)
+
+    def times(self) -> dict[str, Times]:
+        """Return all times."""
+        with self._lock:
+            return {key: replace(times, classes=list(times.classes)) for key, times in self._times.items()}
+
+
+def _key(name: str, labels: Mapping[str, str]) -> str:
+    return name + "".join(f",{label}={value}" for label, value in labels.items())

@@ -96,19 +96,23 @@ class GuardedSender:
             raise DeadlineError(reason="deadline")
         endpoint = self._endpoint(request.url)
         probe = self._enter(endpoint)
+        sent_at = self._clock.monotonic()
         try:
             response = self._sender.send(request, deadline=deadline, max_body=max_body)
         except DeadlineError:
+            self._metrics.observe("exchange_seconds", self._clock.monotonic() - sent_at, result="deadline")
             # Who comes with little time left says nothing of the endpoint.
             self._leave(endpoint, probe=probe, fault=True if time_left_s >= FAIR_TIME_S else None)
             raise
         except IssuerUnavailableError:
+            self._metrics.observe("exchange_seconds", self._clock.monotonic() - sent_at, result="failed")
             self._leave(endpoint, probe=probe, fault=True)
             raise
         except BaseException:
             # Not the endpoint's fault as far as we know; a probe that ends so lets another one try.
             self._leave(endpoint, probe=probe, fault=None)
             raise
+        self._metrics.observe("exchange_seconds", self._clock.monotonic() - sent_at, result="answered")
         rests = response.status == 429 or (response.status == 503 and "retry-after" in response.headers)
         if rests:
             self._rest(endpoint, response)

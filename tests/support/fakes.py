@@ -190,6 +190,7 @@ class FakeMetrics:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.times: list[tuple[str, float, dict[str, str]]] = []
 
     def count(self, name: str, **labels: str) -> None:
         self.counter(name, **labels)()
@@ -197,6 +198,9 @@ class FakeMetrics:
     def counter(self, name: str, **labels: str) -> Callable[[], None]:
         key = name + "".join(f",{label}={value}" for label, value in labels.items())
         return lambda: self.counts.update([key])
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        self.times.append((name, seconds, labels))
 
 
 # --- messages -------------------------------------------------------------------------

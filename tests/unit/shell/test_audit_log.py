@@ -7,7 +7,12 @@ import pytest
 
 from kong_token_exchange.errors import Fact
 from kong_token_exchange.ports import AuditEvent
-from kong_token_exchange.shell.audit_log import MAX_EXCHANGES_PER_SECOND, AuditLog, CountingMetrics
+from kong_token_exchange.shell.audit_log import (
+    MAX_EXCHANGES_PER_SECOND,
+    TIME_CLASSES_S,
+    AuditLog,
+    CountingMetrics,
+)
 from tests.support.fakes import FakeClock, run_in_threads
 from tests.support.minting import NOW
 
@@ -174,3 +179,30 @@ def test_a_snapshot_stays_as_it_was() -> None:
     metrics.count("requests")
 
     assert {} == before
+
+
+# --- times ----------------------------------------------------------------------------
+
+
+def test_times_are_counted_summed_and_put_into_classes() -> None:
+    metrics = CountingMetrics()
+    for seconds in (0.0, 0.005, 0.0051, 10.0, 11.0):
+        metrics.observe("exchange_seconds", seconds, result="answered")
+    metrics.observe("exchange_seconds", 1.0, result="failed")
+
+    times = metrics.times()["exchange_seconds,result=answered"]
+    assert (5, 11.0) == (times.count, times.longest)
+    assert times.total == pytest.approx(21.0101)
+    # Each class holds those below, its own bound included; what is beyond the last is in none.
+    assert [2, *[3] * (len(TIME_CLASSES_S) - 2), 4] == times.classes
+    assert 1 == metrics.times()["exchange_seconds,result=failed"].count
+
+
+def test_times_that_were_told_do_not_change_any_more() -> None:
+    metrics = CountingMetrics()
+    metrics.observe("exchange_seconds", 1.0)
+    told = metrics.times()["exchange_seconds"]
+    metrics.observe("exchange_seconds", 1.0)
+
+    assert (1, 1.0) == (told.count, told.total)
+    assert 1 == told.classes[-1]

@@ -36,9 +36,13 @@ class Clock:
 class Counting:
     def __init__(self) -> None:
         self.counts: list[str] = []
+        self.times: list[tuple[str, float, dict[str, str]]] = []
 
     def count(self, name: str, **labels: str) -> None:
         self.counts.append(labels.get("reason", name))
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        self.times.append((name, seconds, labels))
 
 
 class Inner:
@@ -283,3 +287,29 @@ def test_an_endpoint_that_had_no_fair_time_is_not_blamed(time_left_s: float, bla
 
     sender._sender = Inner(OK)
     assert ("breaker_open" if blamed else "200") == send(sender)
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [
+        (HttpResponse(status=200), "answered"),
+        (HttpResponse(status=500), "answered"),
+        (down(), "failed"),
+        (DeadlineError(reason="deadline"), "deadline"),
+    ],
+    ids=["answer", "fault", "no-connection", "deadline"],
+)
+def test_the_time_of_each_exchange_is_told(answer: HttpResponse | TokenExchangeError, result: str) -> None:
+    class Slow(Inner):
+        def send(self, request: HttpRequest, *, deadline: float, max_body: int) -> HttpResponse:
+            clock.time += 0.25
+            return super().send(request, deadline=deadline, max_body=max_body)
+
+    sender, clock, metrics = guard(Slow(answer), policy=BreakerPolicy(failures=1))
+    send(sender)
+
+    assert [("exchange_seconds", 0.25, {"result": result})] == metrics.times
+    # What was held back took no time of the endpoint.
+    sender._endpoint(REQUEST.url).rest_until = clock.time + 5
+    send(sender)
+    assert 1 == len(metrics.times)
