@@ -201,20 +201,36 @@ def _run_ready(options: argparse.Namespace) -> int:
 def _add_describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     describe = commands.add_parser("describe", help="print what Kong's query command reads")
     describe.add_argument(
-        "--output", type=Path, metavar="PATH", help="write a file for `query_cmd = cat PATH`"
+        "--format",
+        choices=["json", "lua"],
+        default="json",
+        help="json for the query command (default); lua for a control plane without one: schema.lua",
+    )
+    describe.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write a file for `query_cmd = cat PATH`; with lua a folder, for schema.lua and handler.lua",
     )
     describe.set_defaults(run=_run_describe)
 
 
 def _run_describe(options: argparse.Namespace) -> int:
-    from kong_token_exchange.pluginserver.describe import describe_json  # noqa: PLC0415 - a command loads what it needs
+    from kong_token_exchange.pluginserver import describe  # noqa: PLC0415 - a command loads what it needs
     from kong_token_exchange.wiring import Shells  # noqa: PLC0415 - see above
 
-    text = describe_json(Shells().make_plugin())
-    if options.output is None:
-        print(text)
+    plugin = Shells().make_plugin()
+    lua = options.format == "lua"
+    text = describe.schema_lua(plugin) if lua else describe.describe_json(plugin) + "\n"
+    output: Path | None = options.output
+    if output is None:
+        print(text, end="")
+    elif lua:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "schema.lua").write_text(text, encoding="utf-8")
+        (output / "handler.lua").write_text(describe.handler_lua(plugin), encoding="utf-8")
     else:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        output.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -99,3 +99,18 @@ def test_two_workers_serve_are_ready_and_end_at_sigterm(tmp_path: Path) -> None:
             process.terminate()
         assert 0 == process.wait(60)
     assert not Path(path).exists()
+
+
+def test_describe_lua_prints_the_schema_and_writes_a_folder_for_a_control_plane(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 0 == main(["describe", "--format", "lua"])
+    printed = capsys.readouterr().out
+    assert '["name"] = "token-exchange"' in printed
+
+    folder = tmp_path / "kong" / "plugins" / "token-exchange"
+    assert 0 == main(["describe", "--format", "lua", "--output", str(folder)])
+
+    assert {"schema.lua", "handler.lua"} == {file.name for file in folder.iterdir()}
+    assert printed == (folder / "schema.lua").read_text(encoding="utf-8")
+    assert "kong.response.exit(500" in (folder / "handler.lua").read_text(encoding="utf-8")

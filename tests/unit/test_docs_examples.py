@@ -34,7 +34,7 @@ PAGES = [
 
 # What kong.conf may say here; a typing mistake in one of these would be silent in Kong.
 KONG_KEYS = re.compile(
-    r"plugins|log_level|pluginserver_names|pluginserver_token_exchange_(socket|query_cmd|start_cmd)"
+    r"plugins|log_level|lua_package_path|pluginserver_names|pluginserver_token_exchange_(socket|query_cmd|start_cmd)"
     r"|(nginx_http_)?lua_socket_read_timeout|lua_ssl_trusted_certificate|nginx_user|database|declarative_config"
     r"|(worker_)?(consistency|state_update_frequency)|nginx_\w+|pg_\w+|vault_env_prefix|role|cluster_\w+"
 )
