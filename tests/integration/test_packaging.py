@@ -16,6 +16,7 @@ import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -144,18 +145,24 @@ def test_the_command_describes_the_plugin(installed: Path) -> None:
 
 @pytest.fixture
 def server(installed: Path, tmp_path: Path) -> Iterator[Path]:
+    with serving(installed, tmp_path) as path:
+        yield path
+
+
+@contextmanager
+def serving(programs: Path, folder: Path) -> Iterator[Path]:
+    """Serve on a socket in *folder* and yield its path; it must end in order."""
     # The path of a unix socket is short.
-    path = Path(os.path.relpath(tmp_path / "te.socket", tmp_path))
     process = subprocess.Popen(
-        [str(installed / "kong-token-exchange"), "serve", "--socket", str(path)], cwd=tmp_path,
+        [str(programs / "kong-token-exchange"), "serve", "--socket", "te.socket"], cwd=folder,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        assert wait_until((tmp_path / "te.socket").exists)
-        yield tmp_path / "te.socket"
+        assert wait_until((folder / "te.socket").exists)
+        yield folder / "te.socket"
         process.send_signal(signal.SIGTERM)
         assert 0 == process.wait(30)
-        assert not (tmp_path / "te.socket").exists()
+        assert not (folder / "te.socket").exists()
     finally:
         process.kill()
         process.wait(10)
@@ -175,13 +182,43 @@ def test_the_command_serves(server: Path) -> None:
 def test_the_health_check_of_the_images_tells_a_living_server_from_none(
     server: Path, installed: Path, tmp_path: Path
 ) -> None:
-    def probe(path: str) -> int:
-        return subprocess.run(
-            [str(installed / "python"), str(ROOT / "docker" / "healthcheck.py")],
-            env={"SOCKET": path}, cwd=server.parent, check=False, stderr=subprocess.DEVNULL, timeout=60,
-        ).returncode  # fmt: skip
+    assert (0, 1) == (probe(installed, server), probe(installed, server.with_name("nobody.socket")))
 
-    assert (0, 1) == (probe(server.name), probe("nobody.socket"))
+
+def probe(programs: Path, path: Path) -> int:
+    """Return the exit status of the images' health check."""
+    return subprocess.run(
+        [str(programs / "python"), str(ROOT / "docker" / "healthcheck.py")],
+        env={"SOCKET": path.name}, cwd=path.parent, check=False, stderr=subprocess.DEVNULL, timeout=60,
+    ).returncode  # fmt: skip
+
+
+@pytest.mark.parametrize("minor", [12, 13, 14])
+def test_the_wheel_serves_on_every_later_python(
+    minor: int, built: dict[str, Path], clone: Path, tmp_path: Path
+) -> None:
+    python = find_python(minor)
+    if python is None:
+        pytest.skip(f"no Python 3.{minor} on PATH or in ~/.pyenv")
+    run(python, "-m", "venv", tmp_path / "venv")
+    programs = tmp_path / "venv" / "bin"
+    pinned = ("-c", clone / "constraints.txt")
+    run(programs / "python", "-m", "pip", "install", "--quiet", *pinned, built["wheel"])
+
+    assert json.loads(run(programs / "kong-token-exchange", "describe"))["Plugins"]
+    with serving(programs, tmp_path) as path:
+        assert 0 == probe(programs, path)
+
+
+def find_python(minor: int) -> Path | None:
+    """Return an interpreter of that version that runs; a shim may stand for one that does not."""
+    named = shutil.which(f"python3.{minor}")
+    found = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"), reverse=True)
+    for python in [*found, *([Path(named)] if named else [])]:
+        told = subprocess.run([python, "-V"], capture_output=True, text=True, timeout=60, check=False).stdout
+        if told.startswith(f"Python 3.{minor}."):
+            return python
+    return None
 
 
 def test_the_list_of_dependencies_is_in_step(installed: Path) -> None:
