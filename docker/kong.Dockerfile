@@ -34,4 +34,4 @@ ENV KONG_PLUGINS=bundled,token-exchange \
     KONG_PLUGINSERVER_NAMES=token-exchange \
     KONG_PLUGINSERVER_TOKEN_EXCHANGE_SOCKET=/usr/local/kong/token-exchange.socket \
     KONG_PLUGINSERVER_TOKEN_EXCHANGE_QUERY_CMD="/opt/token-exchange/bin/kong-token-exchange describe" \
-    KONG_PLUGINSERVER_TOKEN_EXCHANGE_START_CMD="/opt/token-exchange/bin/kong-token-exchange serve --socket /usr/local/kong/token-exchange.socket"
+    KONG_PLUGINSERVER_TOKEN_EXCHANGE_START_CMD="/opt/token-exchange/bin/kong-token-exchange serve --exit-with-parent --socket /usr/local/kong/token-exchange.socket"

@@ -1,8 +1,8 @@
 """
 Fixtures over every backend that is present, in the order of docs/testing.md.
 
-A test that takes `gateway` and `identity_provider` runs once per pair of backends; what is not
-there is skipped with its reason, and the run's last lines say what was used.
+A test that takes `gateway` and `identity_provider` runs once per pair of backends (`PAIRS`); what is
+not there is skipped with its reason, and the run's last lines say what was used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,38 @@ from kong_token_exchange.sandbox.demo import (
 from kong_token_exchange.sandbox.issuer import IssuerServer
 from kong_token_exchange.sandbox.keycloak import KeycloakUnavailableError, find_distribution
 from kong_token_exchange.sandbox.upstream import EchoUpstream
+from tests.support.containers import (
+    KONG_IMAGE,
+    PLUGIN_SERVER_IMAGE,
+    ContainersUnavailableError,
+    KeycloakContainer,
+    KongContainers,
+    require_images,
+)
 from tests.support.gateways import ROOT, Gateway, KongOnPath, SandboxBackend, kong_version, load_declarative
 from tests.support.relay import Relay
 from tests.support.stage import Stage
 
-GATEWAYS = ("kong", "sandbox")
-PROVIDERS = ("keycloak", "sandbox")
+GATEWAYS = ("containers", "kong", "sandbox")
+PROVIDERS = ("keycloak-container", "keycloak", "sandbox")
+
+# Containers meet each other alone: whatever they could show beside the others, these show already.
+PAIRS = [
+    ("containers", "keycloak-container"),
+    *((gateway, provider) for gateway in ("kong", "sandbox") for provider in ("keycloak", "sandbox")),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Drop the pairs of backends that nobody needs."""
+
+    def wanted(item: pytest.Item) -> bool:
+        parameters = getattr(item, "callspec", None)
+        chosen = parameters.params if parameters is not None else {}
+        pair = (chosen.get("make_gateway"), chosen.get("provider_backend"))
+        return None in pair or pair in PAIRS
+
+    items[:] = [item for item in items if wanted(item)]
 
 
 @dataclass
@@ -68,6 +94,11 @@ def provider_backend(
             except KeycloakUnavailableError as exc:
                 pytest.skip(f"no real Keycloak: {exc}")
             started_providers[kind] = KeycloakProvider(ROOT / REALMS)
+        elif kind == "keycloak-container":
+            try:
+                started_providers[kind] = KeycloakContainer(ROOT / REALMS)
+            except ContainersUnavailableError as exc:
+                pytest.skip(f"no containers: {exc}")
         else:
             started_providers[kind] = SandboxProvider()
     note_backend(pytestconfig, "identity_provider", started_providers[kind].name)
@@ -99,12 +130,10 @@ def make_gateway(
     pytestconfig: pytest.Config,
 ) -> Iterator[Any]:
     """Start a gateway of this backend over a declarative configuration; stopped after the test."""
-    if request.param == "kong" and kong_version() is None:
-        pytest.skip("no real Kong: no `kong` on PATH")
+    backend = gateway_backend(request.param)
     started: list[Gateway] = []
 
     def make(config: Any = None) -> Gateway:
-        backend = KongOnPath if request.param == "kong" else SandboxBackend
         gateway = backend(
             load_declarative() if config is None else config,
             upstreams={UPSTREAM_ADDRESSES[name]: server.address for name, server in upstreams.items()},
@@ -124,13 +153,30 @@ def gateway(make_gateway: Any) -> Gateway:
     return make_gateway()
 
 
+def gateway_backend(kind: str) -> Any:
+    """Return the class of that backend, or skip the test with the reason."""
+    if kind == "sandbox":
+        return SandboxBackend
+    if kind == "kong":
+        if kong_version() is None:
+            pytest.skip("no real Kong: no `kong` on PATH")
+        return KongOnPath
+    try:
+        require_images(KONG_IMAGE, PLUGIN_SERVER_IMAGE)
+    except ContainersUnavailableError as exc:
+        pytest.skip(f"no containers: {exc}")
+    return KongContainers
+
+
 @pytest.fixture(params=["kong", "sandbox"])
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    if request.param == "kong" and kong_version() is None:
-        pytest.skip("no real Kong: no `kong` on PATH")
+def stage(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterator[Stage]:
+    """One real Kong and the sandbox: that on PATH, which starts fastest, else containers."""
+    kind = "containers" if request.param == "kong" and kong_version() is None else request.param
     with IssuerServer() as issuers, EchoUpstream() as upstream:
-        made = Stage(KongOnPath if request.param == "kong" else SandboxBackend, issuers, upstream)
+        made = Stage(gateway_backend(kind), issuers, upstream)
         yield made
+        if made.gateway is not None:
+            note_backend(pytestconfig, "gateway", made.gateway.name)
         if made.gateway is not None:
             made.gateway.stop()
 

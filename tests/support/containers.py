@@ -87,7 +87,7 @@ class Compose:
         self._profiles = [part for profile in profiles for part in ("--profile", profile)]
         self.project = f"kte-{os.getpid()}-{free_port()}"
         names = ("KONG_PROXY", "KONG_ADMIN", "KEYCLOAK", "ORDERS_LOG", "INVENTORY_LOG")
-        names += ("KONG_POSTGRES_PROXY", "KONG_POSTGRES_ADMIN")
+        names += ("KONG_STATUS", "KONG_POSTGRES_PROXY", "KONG_POSTGRES_ADMIN", "PROMETHEUS", "GRAFANA")
         self.ports = {f"{name}_PORT": free_port() for name in names}
         self.url = f"http://127.0.0.1:{self.ports['KONG_PROXY_PORT']}"
 
@@ -174,6 +174,7 @@ class KongContainers:
         self.write_config(config)
         proxy, admin = free_port(), free_port()
         self.url = f"http://127.0.0.1:{proxy}"
+        self.http2_url: str | None = None
         self.admin_url = f"http://127.0.0.1:{admin}"
         self._sidecar = self._make_sidecar(issuers, log_level)
         self._kong = self._make_kong(proxy, admin, log_level)
