@@ -8,6 +8,8 @@ nothing is pulled or built.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +67,21 @@ def test_kong_keeps_nothing_open_while_the_sidecar_is_away(compose: Compose) -> 
     assert wait_until(lambda: status(token) == 200, timeout_s=120)
 
 
+def test_the_dashboards_show_what_kong_counts(compose: Compose) -> None:
+    # What the profile does once Kong is there; images of Prometheus and Grafana are not needed for it.
+    compose.compose("--profile", "observability", "run", "--rm", "--no-deps", "enable-metrics")
+    url = f"http://127.0.0.1:{compose.ports['KONG_STATUS_PORT']}/metrics"
+
+    def counted() -> str:
+        requests.get(compose.url + "/orders", timeout=60)
+        return requests.get(url, timeout=60).text
+
+    refusals = 'kong_http_requests_total{service="orders",route="orders",code="401",source="kong"'
+    assert wait_until(lambda: refusals in counted(), timeout_s=60)
+    told = counted()
+    assert set() == {name for name in dashboard_metrics() if name not in told}
+
+
 def test_every_story_through_the_compose_file(compose: Compose) -> None:
     # The last test on this stage: the stories end with Keycloak stopped.
     stage = compose.stage()
@@ -77,6 +94,13 @@ def test_every_story_through_the_compose_file(compose: Compose) -> None:
     token = wallet.token("for-the-gateway")
     logs = compose.compose("logs", "--no-color", "kong", "plugin-server")
     assert token.rpartition(".")[2] not in logs
+
+
+def dashboard_metrics() -> set[str]:
+    text = (ROOT / "docker" / "observability" / "dashboards" / "token-exchange.json").read_text("utf-8")
+    found = set(re.findall(r"kong_\w+", text))
+    assert found
+    return found
 
 
 # --- the images by themselves ---------------------------------------------------------
@@ -220,7 +244,7 @@ def aud(answer: requests.Response) -> Any:
 
 def test_kong_on_postgres_is_managed_through_its_admin_api() -> None:
     try:
-        require_images("postgres:15")
+        require_images(os.environ.get("POSTGRES_IMAGE", "postgres:15"))
         stage = Compose("postgres")
     except ContainersUnavailableError as exc:
         pytest.skip(f"no containers: {exc}")
