@@ -7,12 +7,14 @@ is spoken by a real Kong alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hmac
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from kong_token_exchange.sandbox.issuer import IssuerServer
+from kong_token_exchange.sandbox.issuer import Issuer, IssuerServer, SigningKey
 from kong_token_exchange.sandbox.serving import Fault
 from kong_token_exchange.sandbox.upstream import EchoUpstream
 from tests.support.gateways import KongOnPath, SandboxBackend, kong_version
@@ -31,7 +33,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[Stage]:
         pytest.skip("no real Kong: no `kong` on PATH")
     with IssuerServer() as issuers, EchoUpstream() as upstream:
         made = Stage(KongOnPath if request.param == "kong" else SandboxBackend, issuers, upstream)
-        made.start(routes(grpc=request.param == "kong"))
+        made.start(routes(real=request.param == "kong"))
         yield made
         made.gateway.stop()
 
@@ -44,12 +46,25 @@ def stage(started: Stage) -> Stage:
     return started
 
 
-def routes(*, grpc: bool) -> dict[str, Any]:
-    """Return `/orders` with the plugin, `/bare` without it, and a gRPC route with it where asked for."""
+def routes(*, real: bool) -> dict[str, Any]:
+    """
+    Return `/orders` with the plugin and `/bare` without it.
+
+    A real Kong has a gRPC route with it as well, and `/ordered` with others before and after it.
+    """
     config = one_route()
     (service,) = config["services"]
     (route,) = service["routes"]
-    bare = {"name": "bare", "paths": ["/bare"]}
+    found = [route, {"name": "bare", "paths": ["/bare"]}]
+    if not real:
+        return {**config, "services": [{**service, "routes": found}]}
+    tell = 'kong.service.request.set_header("x-{}", kong.request.get_header("authorization"))'
+    facts = 'kong.service.request.set_header("x-facts", kong.ctx.shared.token_exchange.decision)'
+    others = [
+        {"name": "pre-function", "config": {"access": [tell.format("before")]}},
+        {"name": "post-function", "config": {"access": [tell.format("after"), facts]}},
+    ]
+    found.append({**route, "name": "ordered", "paths": ["/ordered"], "plugins": [*route["plugins"], *others]})
     calls = {
         **service,
         "name": "calls",
@@ -64,7 +79,7 @@ def routes(*, grpc: bool) -> dict[str, Any]:
             }
         ],
     }
-    return {**config, "services": [{**service, "routes": [route, bare]}, *([calls] if grpc else [])]}
+    return {**config, "services": [{**service, "routes": found}, calls]}
 
 
 def bearer(token: str) -> bytes:
@@ -87,6 +102,46 @@ def passed(stage: Stage, data: bytes, token: str) -> None:
 
 
 # --- the credential -------------------------------------------------------------------
+
+
+# What stands in the header, `T` for a good token, and the status; 200 where it passes.
+LINES: dict[str, tuple[bytes | None, int]] = {
+    "HDR-01-absent": (None, 401),
+    "HDR-02-empty": (b"", 401),
+    "HDR-03-scheme-alone": (b"Bearer", 400),
+    "HDR-04-lower-case": (b"bearer T", 200),
+    "HDR-04-mixed-case": (b"bEARER T", 200),
+    "HDR-05-two-spaces": (b"Bearer  T", 200),
+    "HDR-06-tab": (b"Bearer\tT", 400),
+    "HDR-07-trailing-tab": (b"Bearer T\t", 400),
+    "HDR-09-comma": (b"Bearer T, Bearer T", 400),
+    "HDR-09-parameter": (b'Bearer T, realm="x"', 400),
+    "HDR-10-basic": (b"Basic YTpi", 401),
+    "HDR-10-another-word": (b"Negotiate T", 401),
+    "HDR-12-control": (b"Bearer T\x01", 400),
+    "HDR-12-delete": (b"Bearer \x7fT", 400),
+    "HDR-13-latin": (b"Bearer T\xe9", 400),
+    "HDR-13-overlong-utf-8": (b"Bearer T\xc0\xaf", 400),
+    "HDR-14-seven-kilobytes": (b"Bearer " + b"a" * 7000, 401),
+    "HDR-14-nine-kilobytes": (b"Bearer " + b"a" * 9000, 400),
+    "HDR-16-nul": (b"Bearer T\0", 400),
+    "HDR-18-twice-bearer": (b"Bearer Bearer T", 400),
+    "HDR-19-quotes": (b'Bearer "T"', 400),
+    "HDR-19-percent": (b"Bearer T%20", 400),
+    "HDR-20-braces": (b"Bearer {T}", 400),
+    "HDR-21-carriage-return": (b"Bearer T\rX: y", 400),
+    "HDR-25-no-scheme": (b"T", 401),
+}
+
+
+@pytest.mark.parametrize(("line", "status"), LINES.values(), ids=LINES.keys())
+def test_a_credential_is_read_in_one_way(stage: Stage, line: bytes | None, status: int) -> None:
+    token = stage.token()
+    lines = [] if line is None else [b"Authorization: " + line.replace(b"T", token.encode())]
+
+    assert [status] == raw_statuses(stage, raw_request(*lines))
+    assert int(status == 200) == stage.upstream.hits
+    assert stage.forwarded() != token
 
 
 @pytest.mark.parametrize("second", ["the same", "another good one", "garbage", "Basic"])
@@ -188,6 +243,71 @@ def test_names_and_values_that_http1_cannot_have_are_refused(
     assert stage.forwarded() not in (None, token)
 
 
+# --- tokens ---------------------------------------------------------------------------
+
+
+def public_secret(issuer: Issuer) -> bytes:
+    return json.dumps(issuer.key().jwk(), separators=(",", ":")).encode()
+
+
+Forge = Callable[[Issuer], dict[str, Any]]
+
+FORGERIES: dict[str, Forge] = {
+    "JWT-01-none": lambda _: {"header": {"alg": "none"}, "signature": lambda _: b""},
+    "JWT-01-none-signed": lambda _: {"header": {"alg": "None"}},
+    "JWT-03-public-key-as-secret": lambda issuer: {
+        "header": {"alg": "HS256"},
+        "signature": lambda data: hmac.digest(public_secret(issuer), data, "sha256"),
+    },
+    "JWT-04-other-algorithm": lambda _: {"header": {"alg": "RS512"}},
+    "JWT-05-own-key": lambda _: {
+        "key": (own := SigningKey.generate("RS256")),
+        "header": {"jwk": own.jwk(), "kid": own.kid},
+    },
+    "JWT-06-jku": lambda _: {
+        "key": SigningKey.generate("RS256"),
+        "header": {"jku": "https://evil.test/keys"},
+    },
+    "JWT-07-kid-is-a-path": lambda _: {"header": {"kid": "../../../dev/null"}},
+    "JWT-09-crit": lambda _: {"header": {"crit": ["exp"]}},
+    "JWT-10-b64": lambda _: {"header": {"b64": False}},
+    "JWT-11-logout": lambda _: {"header": {"typ": "logout+jwt"}},
+    "JWT-12-nested": lambda _: {"header": {"cty": "JWT"}},
+    "JWT-14-zip": lambda _: {"header": {"zip": "DEF"}},
+    "JWT-29-empty-signature": lambda _: {"signature": lambda _: b""},
+    "JWT-41-another-key": lambda issuer: {
+        "key": SigningKey.generate("RS256"),
+        "header": {"kid": issuer.key().kid},
+    },
+    "CLM-01-no-exp": lambda _: {"without": ["exp"]},
+    "CLM-02-exp-is-text": lambda _: {"exp": "9999999999"},
+    "CLM-03-iat-is-true": lambda _: {"iat": True},
+    "CLM-08-expired": lambda _: {"life_s": -400},
+    "CLM-09-not-yet": lambda _: {"nbf": 9_999_999_999},
+    "CLM-12-no-issuer": lambda _: {"without": ["iss"]},
+    "CLM-13-slash": lambda issuer: {"iss": issuer.issuer + "/"},
+    "CLM-15-list": lambda issuer: {"iss": [issuer.issuer]},
+    "CLM-21-no-subject": lambda _: {"without": ["sub"]},
+    "CLM-22-line-break": lambda _: {"sub": "alex\r\nX-Admin: 1"},
+    "CLM-26-id-token": lambda _: {"typ": "ID"},
+    "CLM-26-refresh-token": lambda _: {"typ": "Refresh"},
+    "CLM-27-bound-to-a-key": lambda _: {"cnf": {"x5t#S256": "A" * 43}},
+}
+
+
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_token_that_is_not_good_ends_at_the_gateway(stage: Stage, forge: Forge) -> None:
+    issuer = stage.issuers.issuers["internal"]
+
+    answer = stage.get(token=stage.token(**forge(issuer)))
+
+    assert (401, "invalid_token") == (answer.status_code, answer.json()["error"])
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+    assert 0 == stage.upstream.hits
+    # Nor is the issuer asked about it.
+    assert 0 == stage.issuers.log.count(stage.issuers.token_path("internal"))
+
+
 # --- paths, agents, connections -------------------------------------------------------
 
 SPELLINGS = [
@@ -268,6 +388,21 @@ def test_out_04_two_lengths_of_one_body_are_a_bad_request(stage: Stage) -> None:
     ):
         request = raw_request(bearer(token), *lines, method=b"POST", body=b"0\r\n\r\n" + inner)
         refused(stage, request, 400, 501)
+
+
+def test_gw_15_exc_29_plugins_before_see_the_callers_token_and_those_after_the_exchanged_one(
+    stage: Stage,
+) -> None:
+    if stage.gateway.http2_url is None:
+        pytest.skip("the sandbox runs one plugin")
+    token = stage.token()
+
+    answer = stage.get("/ordered", token=token)
+
+    headers = {name.lower(): value for name, value in answer.json()["headers"]}
+    assert f"Bearer {token}" == headers["x-before"]
+    assert f"Bearer {stage.forwarded()}" == headers["x-after"] != headers["x-before"]
+    assert "exchange" == headers["x-facts"]
 
 
 # --- what leaves ----------------------------------------------------------------------
