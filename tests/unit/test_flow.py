@@ -1196,6 +1196,73 @@ def test_fault_51_a_clock_that_jumps_back_refuses_what_is_of_the_future() -> Non
     assert ("jwt_timestamp", "iat") == (it.refusal(SUBJECT).reason, it.audit.events[-1].facts["claim"])
 
 
+@pytest.mark.parametrize(("slept_s", "cached"), [(240, True), (294.999, True), (295, False), (28_800, False)])
+def test_fault_50_a_machine_that_slept_hands_out_nothing_that_ended_meanwhile(
+    slept_s: float, cached: bool
+) -> None:
+    # Linux: CLOCK_MONOTONIC stands still while the machine sleeps, and the wall clock is right after it.
+    token = target.mint(aud="gateway", exp=NOW + 90_000)
+    it = Bench(answer=token_response(result_token(exp=NOW + 90_000), expires_in=300))
+    it.run(token)
+
+    it.clock.step_wall(slept_s)
+
+    assert ("hit" if cached else "miss") == it.run(token).cache
+
+
+def test_fault_50_after_a_jump_and_its_correction_nothing_that_ended_comes_back() -> None:
+    token = target.mint(aud="gateway", exp=NOW + 90_000)
+    it = Bench(answer=token_response(result_token(exp=NOW + 90_000), expires_in=300))
+    it.run(token)
+    it.clock.step_wall(600)
+    second = it.run(token)
+    it.clock.step_wall(-600)
+
+    # What was exchanged while the clock was wrong ends by the monotonic clock, when it should.
+    assert ("miss", "hit") == (second.cache, it.run(token).cache)
+    it.clock.advance(294.999)
+    assert "hit" == it.run(token).cache
+    it.clock.advance(0.001)
+    assert "miss" == it.run(token).cache
+
+
+@pytest.mark.parametrize("step", [-1, 1], ids=["FAULT-53-inserted", "FAULT-53-removed"])
+def test_a_leap_second_changes_nothing_but_by_that_second(step: int) -> None:
+    token = target.mint(aud="gateway", iat=NOW - 60, nbf=NOW - 60, exp=NOW + 3600)
+    it = Bench(answer=token_response(result_token(exp=NOW + 3600), expires_in=300))
+    it.run(token)
+    it.clock.step_wall(step)
+
+    # Whichever clock comes first: one second early where the wall clock went ahead, never late.
+    life = 295 - max(step, 0)
+    it.clock.advance(life - 0.001)
+    assert "hit" == it.run(token).cache
+    it.clock.advance(0.001)
+    assert "miss" == it.run(token).cache
+
+
+@pytest.mark.parametrize("step", [-60, 60], ids=["FAULT-53-back", "FAULT-53-ahead"])
+def test_a_clock_that_is_stepped_during_the_exchange_hangs_nobody_and_lengthens_nothing(step: int) -> None:
+    token = target.mint(aud="gateway", iat=NOW - 300, exp=NOW + 3600)
+    it = Bench(answer=None)
+
+    def stepping(_: HttpRequest) -> HttpResponse:
+        it.clock.step_wall(step)
+        return token_response(result_token(iat=NOW - 300, exp=NOW + 3600), expires_in=300)
+
+    it.sender.script[ENDPOINT] = stepping
+    began = it.clock.monotonic()
+    assert "miss" == it.run(token).cache
+
+    # The deadline that the sender was given is of the monotonic clock.
+    assert [began + 5] == it.sender.deadlines
+    it.clock.advance(295 - max(step, 0) - 0.001)
+    assert "hit" == it.run(token).cache
+    it.clock.advance(0.001)
+    it.sender.script[ENDPOINT] = token_response(result_token(exp=NOW + 7200))
+    assert "miss" == it.run(token).cache
+
+
 def test_fault_52_skew_within_the_leeway_passes() -> None:
     it = Bench(config_with({"leeway": 30}))
     it.clock.step_wall(-25)
