@@ -8,8 +8,8 @@ the server is its child, which outlives it for as long as `parent.Handover` says
 
 It is a Python without site packages that waits: no thread, no socket, some 8 MB.
 
-    gateway  --start_cmd, SIGTERM, SIGKILL-->  keeper  --SIGTERM, SIGINT-->  server
-    gateway  <--exit status--                  keeper  <--exit status--      server
+    gateway  --start_cmd, SIGTERM, SIGKILL-->  keeper  --SIGTERM, SIGINT, SIGUSR1-->  server
+    gateway  <--exit status--                  keeper  <--exit status--               server
 
 Source: Kong 3.9.1, kong/runloop/plugin_servers/process.lua; lua-nginx-module 0.10.26,
 ngx_http_lua_pipe.c; docs/plugin-socket.md, section Reload.
@@ -27,8 +27,9 @@ from pathlib import Path
 # How often the parent's id is compared; the server goes on meanwhile.
 CHECK_S = 1.0
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT)
-_SIGNALS = (*_FORWARDED, signal.SIGCHLD)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A gateway's log tells the keeper's id: what is sent there is meant for the server.
+_SIGNALS = (*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD)
 
 # The title of an nginx worker that another one has replaced (ngx_process_cycle.c). At a reload
 # it sends SIGTERM when its successor runs already; one that is stopped has no such title.
@@ -80,8 +81,14 @@ def watch(child: int, parent: int) -> int:
             return status
         if os.getppid() != parent:
             return 0
-        if told is not None and told.si_signo in _FORWARDED and not _is_replaced(parent):
+        if told is not None and _is_passed_on(told.si_signo, parent):
             os.kill(child, told.si_signo)
+
+
+def _is_passed_on(number: int, parent: int) -> bool:
+    if number in _STOP_SIGNALS:
+        return not _is_replaced(parent)
+    return number != signal.SIGCHLD
 
 
 def _exit_status(child: int) -> int | None:

@@ -25,7 +25,7 @@ from kong_token_exchange.pluginserver import keeper
 if sys.argv[1] == "frozen":
     sys.executable = ""
 keeper.keep()
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, _: (print("asked", number, flush=True), os._exit(7)))
 print("started", os.getpid(), os.getppid(), flush=True)
 end = time.monotonic() + 60
@@ -90,7 +90,7 @@ def test_gateway_knows_the_keeper_and_the_server_is_its_child(start: Callable[..
 
 
 @pytest.mark.parametrize("kind", ["", "frozen"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_is_passed_on_and_the_status_comes_back(
     start: Callable[..., Kept], kind: str, number: int
 ) -> None:
@@ -160,9 +160,9 @@ def test_reload_does_not_reach_the_server_as_a_signal(
     title: bytes | None,
     passed_on: bool,
 ) -> None:
-    rounds = iter([Told(signal.SIGTERM), None])
+    rounds = iter([Told(signal.SIGTERM), Told(signal.SIGCHLD), Told(signal.SIGUSR1), None])
     killed: list[tuple[int, int]] = []
-    parents = iter([4242, 1])
+    parents = iter([4242, 4242, 4242, 1])
     file = tmp_path / "cmdline"
     if title is not None:
         file.write_bytes(title)
@@ -173,7 +173,8 @@ def test_reload_does_not_reach_the_server_as_a_signal(
 
     assert 0 == keeper.watch(child.pid, 4242)
     monkeypatch.undo()
-    assert ([(child.pid, signal.SIGTERM)] if passed_on else []) == killed
+    expected = [signal.SIGTERM, signal.SIGUSR1] if passed_on else [signal.SIGUSR1]
+    assert [(child.pid, number) for number in expected] == killed
 
 
 def test_keeper_is_small_and_has_one_thread(start: Callable[..., Kept]) -> None:
