@@ -1,4 +1,4 @@
-"""Delegation through a gateway: the sandbox, and Kong where it is on the path."""
+"""Delegation, and headers of one's own, through a gateway: the sandbox, and Kong where it is on the path."""
 
 from __future__ import annotations
 
@@ -110,3 +110,15 @@ def test_hdr_08_two_actors_are_none(stage: Stage) -> None:
     lines = [f"Authorization: Bearer {stage.token()}".encode(), actor, actor]
 
     assert ([400], 0) == (raw_statuses(stage, raw_request(*lines)), stage.upstream.hits)
+
+
+def test_out_20_an_authorization_that_nobody_read_stays_behind(stage: Stage) -> None:
+    stage.start(one_route(bearer_token_header_name="X-User", upstream_access_token_header="X-Token:bearer"))
+    unread = {"X-User": stage.token(), "Authorization": f"Bearer {stage.token(**AGENT)}"}
+
+    assert 200 == stage.get(headers=unread).status_code
+    request = stage.upstream.log.last()
+    assert request is not None
+    names = {name.lower() for name, _ in request.headers}
+    assert "x-token" in names
+    assert not {"authorization", "x-user"} & names
