@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast bench bench-miss bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
+.PHONY: setup demo test test-fast bench bench-miss bench-slow bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ bench: $(READY)
 # CPU and time of an exchange, by its parts and by HTTP client: make bench-miss [JSON=path]
 bench-miss: $(READY)
 	$(BIN)/python -m benchmarks.miss $(if $(JSON),--json $(JSON))
+
+# What cached requests notice of an issuer that takes 2.5 s, about a minute: make bench-slow [JSON=path]
+bench-slow: $(READY)
+	$(BIN)/python -m benchmarks.slow_issuer $(if $(JSON),--json $(JSON))
 
 # A million valid tokens within the cache's bound and a fifth, 10 to 20 minutes: make bench-memory [TOKENS=100000]
 bench-memory: $(READY)
