@@ -7,16 +7,26 @@ outside of our tree, something accepted that must not be.
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from hypothesis import strategies as st
 
+from kong_token_exchange.core.claims import parse_claims
+from kong_token_exchange.core.delegation import check_actors, is_actor, may_act
+from kong_token_exchange.core.dpop import verify_proof
 from kong_token_exchange.core.jwk import parse_jwk_set, select_verification_key
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS, parse_compact, verify_signature
+from kong_token_exchange.core.sealing import SealError, derive_seal_key, open_sealed, seal
+from kong_token_exchange.core.target_uri import normalise_path, normalise_uri
 from kong_token_exchange.errors import (
     GatewayError,
     InvalidTokenError,
@@ -29,15 +39,18 @@ from kong_token_exchange.errors import (
 from kong_token_exchange.pluginserver import wire
 from kong_token_exchange.pluginserver.connection import Connection, State
 from kong_token_exchange.protocol.bearer import is_b64token, parse_authorization, parse_token, render
+from kong_token_exchange.protocol.certificate import certificate_digest
 from kong_token_exchange.protocol.credentials import cookie_token, query_token
 from kong_token_exchange.protocol.exchange import process_exchange_response
 from kong_token_exchange.protocol.http_message import HttpResponse
 from kong_token_exchange.protocol.metadata import is_acceptable_endpoint, process_metadata
 from kong_token_exchange.protocol.shared_grant import process_shared_grant
-from tests.fuzz.mutants import Gate, mutants
+from kong_token_exchange.secret import Secret
+from tests.fuzz.mutants import Gate, mutants, unb64
 from tests.support.fakes import token_document
-from tests.support.minting import to_json
+from tests.support.minting import NOW, to_json
 from tests.support.plugins import AUTHORIZATION, SCENARIO, Bench, Plugin
+from tests.support.proofs import Holder
 from tests.support.strategies import any_json, any_text, one_of_those_changed, spoilt
 from tests.unit.core.pipeline import MAX_TOKEN, accept, issuer
 from tests.unit.core.test_properties import any_key, judge
@@ -166,6 +179,111 @@ def judge_mutants(seed: int) -> str:
     return "20 refused"
 
 
+# --- actors, proofs and certificates --------------------------------------------------
+
+any_act = st.recursive(
+    st.one_of(any_json, one_of_those_changed({"iss": issuer.issuer, "sub": "agent", "client_id": "a"})),
+    lambda inner: inner.map(lambda act: {"sub": "agent", "act": act}),
+    max_leaves=4,
+)
+
+
+def judge_actors(members: tuple[Any, Any]) -> str:
+    act, named = members
+    try:
+        subject = parse_claims(issuer.claims(act=act, may_act=named))
+        actor = parse_claims(issuer.claims(sub="agent", azp="a"))
+        outcome = f"{'may' if may_act(subject, actor) else 'may not'} act"
+        is_actor(subject, actor)
+        check_actors(subject, max_depth=3)
+    except InvalidTokenError as error:
+        return told(error)
+    return outcome
+
+
+HOLDER = Holder()
+BOUND = issuer.mint(cnf=HOLDER.cnf)
+PROOF = HOLDER.prove(BOUND)
+proofs = st.one_of(
+    any_text,
+    spoilt(PROOF.encode()).map(lambda data: data.decode("latin-1")),
+    st.builds(
+        lambda header, claims: HOLDER.prove(BOUND, header=header, **claims),
+        st.dictionaries(st.sampled_from(["typ", "alg", "jwk", "kid", "crit"]), any_json, max_size=2),
+        st.dictionaries(
+            st.sampled_from(["jti", "htm", "htu", "iat", "ath", "exp", "nbf"]), any_json, max_size=2
+        ),
+    ),
+)
+
+
+def judge_proof(text: str) -> str:
+    try:
+        proof = verify_proof(
+            text,
+            access_token=BOUND,
+            jkt=HOLDER.jkt,
+            method="GET",
+            path="/orders",
+            origins={"https://api.test:443"},
+            now=float(NOW),
+            lifetime=60.0,
+        )
+    except RejectionError as error:
+        return told(error)
+    assert NOW - 60 < proof.iat <= NOW + 5
+    # Only what the holder signed comes this far; a proof that was changed has another signing input.
+    signing_input, _, signature = text.rpartition(".")
+    public: Any = HOLDER.private.public_key()
+    public.verify(to_dss(signature), signing_input.encode(), ec.ECDSA(hashes.SHA256()))
+    return "accepted, as it was signed"
+
+
+def to_dss(signature: str) -> bytes:
+    data = unb64(signature)
+    return encode_dss_signature(int.from_bytes(data[:32], "big"), int.from_bytes(data[32:], "big"))
+
+
+PEM = "-----BEGIN%20CERTIFICATE-----%0AMIIB%2B/==%0A-----END%20CERTIFICATE-----%0A"
+certificates = st.one_of(
+    any_text,
+    spoilt(PEM.encode()).map(lambda data: data.decode("latin-1")),
+    st.binary(max_size=60).map(lambda data: base64.b64encode(data).decode()),
+    spoilt(base64.b64encode(unquote_to_bytes(PEM))).map(lambda data: data.decode("latin-1")),
+)
+
+
+def read_certificate(text: str) -> str:
+    found = [certificate_digest(text, form) for form in ("url_encoded", "base64_encoded")]
+    for digest in found:
+        assert digest is None or (len(digest) == 43 and is_b64token(digest))
+    return f"{len(found) - found.count(None)} of 2 forms"
+
+
+uris = st.one_of(
+    any_text,
+    spoilt(b"https://api.test:443/orders/../%6frders/%2e%2E/a?x#y").map(lambda data: data.decode("latin-1")),
+    st.builds(
+        "{}://{}:{}{}".format,
+        st.sampled_from(["http", "https", "HTTPS", "ftp"]),
+        st.text("aA0.-[]:@", max_size=8),
+        st.text("0123456789\u0663", max_size=7),
+        st.text("/.%2eE~a;", max_size=12),
+    ),
+)
+
+
+def read_uri(text: str) -> str:
+    path = normalise_path(text)
+    # Two spellings of one path must not take turns.
+    assert normalise_path(path) == path or not text.startswith("/")
+    found = normalise_uri(text)
+    if found is None:
+        return "no URI"
+    assert normalise_uri("".join(found)) == found
+    return "a URI"
+
+
 # --- what issuers answer --------------------------------------------------------------
 
 any_headers = st.dictionaries(
@@ -269,6 +387,23 @@ def read_shared_grant(data: bytes) -> str:
     check_granted(found)
     assert 0 < sent_at < float("inf")
     return "a token"
+
+
+SEAL_KEY = derive_seal_key(Secret("of the fuzz"))
+PLAIN = b'{"access_token":"ddd.eee.fff"}'
+SEALED = seal(PLAIN, entry=b"entry", key=SEAL_KEY, nonce=b"n" * 12)
+
+
+def open_value(data: bytes) -> str:
+    for entry in (b"entry", b"another"):
+        try:
+            plain = open_sealed(data, entry=entry, keys=[SEAL_KEY])
+        except SealError as error:
+            outcome = error.flaw
+            continue
+        assert (data, entry, plain) == (SEALED, b"entry", PLAIN)
+        return "opened, unchanged"
+    return outcome
 
 
 SHARED = {**token_document(TOKEN), "sent_at": 1_800_000_000.5}
@@ -383,6 +518,10 @@ TARGETS = (
     ),
     Target("claims", one_of_those_changed(issuer.claims(), *CLAIM_NAMES), judge_claims),
     Target("mutants", st.integers(0, 2**64), judge_mutants),
+    Target("actors", st.tuples(any_act, st.one_of(any_act, any_json)), judge_actors),
+    Target("proof", proofs, judge_proof),
+    Target("certificate", certificates, read_certificate),
+    Target("target uri", uris, read_uri),
     Target("metadata", answers(DOCUMENT, "introspection_endpoint"), read_metadata),
     Target(
         "key set",
@@ -396,6 +535,7 @@ TARGETS = (
         st.one_of(one_of_those_changed(SHARED).map(to_json), spoilt(to_json(SHARED)), st.binary(max_size=60)),
         read_shared_grant,
     ),
+    Target("sealed value", st.one_of(spoilt(SEALED), st.binary(max_size=80)), open_value),
     Target("frames", pieces, talk),
     Target("messages", payloads, decode),
 )
