@@ -108,7 +108,7 @@ class Shells:
             self._guards[guard_key] = guard
             source_key = (*settings, config.insecure_allow_http)
             keys = self._key_sources.get(source_key) or IssuerKeySource(
-                sender, self.clock, allow_http=config.insecure_allow_http
+                sender, self.clock, allow_http=config.insecure_allow_http, metrics=self.metrics
             )
             self._key_sources[source_key] = keys
             secrets = self._secret_file(config.client.client_secret_file)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from kong_token_exchange.core.jwk import MAX_SET_BYTES, JwkSet, parse_jwk_set
 from kong_token_exchange.errors import DeadlineError, Fact, IssuerUnavailableError, TokenExchangeError
-from kong_token_exchange.ports import Clock, HttpSender, IssuerEndpoints, NotInMemoryError
+from kong_token_exchange.ports import Clock, HttpSender, IssuerEndpoints, Metrics, NotInMemoryError
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.protocol.metadata import (
     MAX_METADATA_BYTES,
@@ -129,6 +129,7 @@ class IssuerKeySource:
         allow_http: Whether plain http beyond loopback is allowed (`insecure_allow_http`).
         submit: Runs a fetch in the background; a thread for each by default. There are never
             more than one for each configured issuer.
+        metrics: Counts and times fetches, by result.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class IssuerKeySource:
         *,
         allow_http: bool = False,
         submit: Callable[[Callable[[], None]], object] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._sender = sender
         self._clock = clock
@@ -145,6 +147,7 @@ class IssuerKeySource:
         self._records: dict[IssuerEndpoints, _Record] = {}
         self._records_lock = threading.Lock()
         self._submit = submit or _start_thread
+        self._metrics = metrics
         self._generations = itertools.count(1)
         self.generation = 0
 
@@ -295,9 +298,11 @@ class IssuerKeySource:
         return flight
 
     def _fetch(self, record: _Record, flight: _Flight) -> None:
+        result = "failed"
         try:
             self._fetch_into(record, flight.began_at)
             record.failure = None
+            result = "fetched"
         except TokenExchangeError as error:
             self._note_failure(record, error)
         except BaseException as error:  # noqa: BLE001 - a bug here must not leave callers waiting
@@ -305,6 +310,9 @@ class IssuerKeySource:
             _log.error("fetch of keys failed: %s", type(error).__name__)
         finally:
             self._land(record, flight)
+            if self._metrics is not None:
+                took_s = self._clock.monotonic() - flight.began_at
+                self._metrics.observe("key_fetch_seconds", took_s, result=result)
 
     def _land(self, record: _Record, flight: _Flight) -> None:
         with record.lock:

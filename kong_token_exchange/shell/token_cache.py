@@ -45,7 +45,7 @@ class MemoryTokenCache:
 
     Args:
         clock: Judges a result that landed between a caller's look-up and its flight.
-        metrics: Counts evictions.
+        metrics: Counts evictions, and times those who wait for another one's exchange.
         max_entries: Most entries in each of the two parts.
         max_bytes: Most estimated bytes in each of the two parts.
         max_refusals: Most refusals that are remembered.
@@ -61,6 +61,7 @@ class MemoryTokenCache:
         max_refusals: int = MAX_REFUSALS,
     ) -> None:
         self._clock = clock
+        self._metrics = metrics
         self._lock = threading.Lock()
         self._exchanged: _Bounded[ExchangedToken] = _Bounded(
             max_entries, max_bytes, weigh_exchanged, _eviction_counter(metrics, "exchanged")
@@ -150,11 +151,15 @@ class MemoryTokenCache:
                 return landed
             if flight is None:
                 break
+            began = self._clock.monotonic()
             try:
                 return self._wait(flight, deadline)
             except DeadlineError:
                 if not may_repeat or deadline - self._clock.monotonic() < WORTH_A_TRY_S:
                     raise
+            finally:
+                if self._metrics is not None:
+                    self._metrics.observe("flight_wait_seconds", self._clock.monotonic() - began)
         return self._fly(key, exchange, store=store)
 
     def renew(

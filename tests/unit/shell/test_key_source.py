@@ -30,7 +30,15 @@ from kong_token_exchange.shell.key_source import (
     TTL_S,
     IssuerKeySource,
 )
-from tests.support.fakes import PATIENCE_S, Answer, FakeClock, FakeSender, json_response, run_in_threads
+from tests.support.fakes import (
+    PATIENCE_S,
+    Answer,
+    FakeClock,
+    FakeMetrics,
+    FakeSender,
+    json_response,
+    run_in_threads,
+)
 from tests.support.minting import FakeIssuer, SigningKey, private_key, to_json
 from tests.support.running import eventually
 
@@ -879,3 +887,20 @@ def test_res_09_threads_that_wait_for_keys_are_counted_and_all_get_them() -> Non
 
     assert [OLD_KIDS] * MAX_WAITING == got
     assert record.waiting == 0
+
+
+def test_fetches_are_timed_by_their_result() -> None:
+    clock, metrics = FakeClock(), FakeMetrics()
+
+    def slow(_: HttpRequest) -> HttpResponse:
+        clock.advance(0.5)
+        return served(OLD)
+
+    sender = FakeSender({JWKS: [slow, IssuerUnavailableError(reason="connect_failed")]})
+    source = IssuerKeySource(sender, clock, submit=lambda fetch: fetch(), metrics=metrics)
+    source.keys(PLAIN, deadline=clock.monotonic() + 5)
+    assert [("key_fetch_seconds", 0.5, {"result": "fetched"})] == metrics.times
+
+    clock.advance(REFRESH_S)
+    source.keys(PLAIN, deadline=clock.monotonic() + 5)
+    assert ("key_fetch_seconds", 0.0, {"result": "failed"}) == metrics.times[-1]

@@ -459,6 +459,14 @@ def test_many_callers_make_one_exchange(store: bool) -> None:
     assert (result if store else None) is stored
 
 
+def test_waiting_for_another_ones_exchange_is_timed() -> None:
+    metrics = FakeMetrics()
+    share(MemoryTokenCache(SystemClock(), metrics=metrics), Work(IssuerUnavailableError(reason="down")), 5)
+
+    assert ["flight_wait_seconds"] * 4 == [name for name, _, _ in metrics.times]
+    assert all(0 <= seconds < PATIENCE_S for _, seconds, _ in metrics.times)
+
+
 def test_cache_16_fault_114_a_failure_wakes_all_and_stores_nothing() -> None:
     clock = SystemClock()
     cache = MemoryTokenCache(clock)
