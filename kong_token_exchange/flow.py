@@ -226,6 +226,7 @@ class Flow:
             TokenExchangeError: the request is refused; every refusal has been audited.
         """
         subject: Claims | None = None
+        actor: _Actor | None = None
         now, generation = self._clock.now(), self._keys.generation
         token_key = digest_fields((self._config.identity, token))
         try:
@@ -238,12 +239,14 @@ class Flow:
                 self._cache.store_verified(token_key, verified)
             if deadline is not None:
                 self._use(proof, now=now)
-            result = self._act(token, token_key, subject, decision, actor_token, now=now, deadline=deadline)
+            if isinstance(decision, Exchange):
+                actor = self._actor(actor_token, subject, now=now, deadline=deadline)
+            result = self._act(token, token_key, subject, decision, actor, now=now, deadline=deadline)
             if deadline is None:
                 # Only now: a request that goes on to the pool comes by here once more.
                 self._use(proof, now=now)
         except TokenExchangeError as error:
-            self.record_refusal(error, subject=subject)
+            self.record_refusal(error, subject=subject, actor=_claims_of(actor))
             raise
         self._record_result(result)
         return replace(result, generation=generation)
@@ -264,7 +267,7 @@ class Flow:
                 max_age = self._trust(claims.iss).max_age
                 check_timestamps(claims, now=now, leeway=leeway, max_age=max_age)
         except TokenExchangeError as error:
-            self.record_refusal(error, subject=subject)
+            self.record_refusal(error, subject=subject, actor=result.actor)
             raise
         repeated = replace(result, cache="hit") if result.exchanged is not None else result
         self._record_result(repeated)
@@ -331,7 +334,7 @@ class Flow:
         token_key: bytes,
         subject: Claims,
         decision: Forward | Exchange,
-        actor_token: str | None,
+        actor: _Actor | None,
         *,
         now: float,
         deadline: float | None,
@@ -342,15 +345,7 @@ class Flow:
                     decision="forward", relation="same_issuer", cache="none", subject=subject, exchanged=None
                 )
             case Exchange():
-                actor = self._actor(actor_token, subject, now=now, deadline=deadline)
-                try:
-                    return self._exchange(
-                        token, token_key, subject, decision, actor, now=now, deadline=deadline
-                    )
-                except TokenExchangeError as error:
-                    # Whoever shares this exchange has the same actor.
-                    error.facts.update(self._actor_facts(_claims_of(actor)))
-                    raise
+                return self._exchange(token, token_key, subject, decision, actor, now=now, deadline=deadline)
 
     # --- the subject token ------------------------------------------------------------
 
@@ -901,10 +896,13 @@ class Flow:
 
     # --- what is told -----------------------------------------------------------------
 
-    def record_refusal(self, error: TokenExchangeError, *, subject: Claims | None = None) -> None:
-        """Audit and count one refusal; *subject* once its token is proven."""
+    def record_refusal(
+        self, error: TokenExchangeError, *, subject: Claims | None = None, actor: Claims | None = None
+    ) -> None:
+        """Audit and count one refusal; *subject* and *actor* once their tokens are proven."""
         self._metrics.count("requests", outcome="refuse", reason=error.reason)
-        self._audit_refusal(error, {**self._subject_facts(subject), **error.facts})
+        parties = {**self._subject_facts(subject), **self._actor_facts(actor)}
+        self._audit_refusal(error, {**parties, **error.facts})
 
     def _audit_refusal(self, error: TokenExchangeError, facts: Mapping[str, Fact]) -> None:
         self._audit.record(

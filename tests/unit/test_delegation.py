@@ -473,6 +473,8 @@ def test_a_refusal_names_the_actor_once_it_is_proven() -> None:
     differs = Delegation(answer=token_response(result_token(act={"sub": "other"})))
     differs.refuses()
     assert "agent-client" == differs.audit.events[-1].facts["actor_client"]
+    # The event alone: an alarm speaks of what an operator can mend.
+    assert {"claim": "act"} == differs.refuses().facts
 
     unproven = Delegation()
     unproven.refuses(actor=stranger.mint())
