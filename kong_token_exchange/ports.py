@@ -263,6 +263,10 @@ class SharedCache(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Close its connections; it may be used again."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEvent:

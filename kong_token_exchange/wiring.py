@@ -146,6 +146,8 @@ class Shells:
             for documents, exchanges in self._senders.values():
                 documents.close()
                 exchanges.close()
+            for shared in self._shared_caches.values():
+                shared.close()
 
     def _shared(self, policy: SharedCachePolicy, ca_file: str | None) -> SharedCache:
         """Return the second level of these settings, made once; call it with the lock held."""

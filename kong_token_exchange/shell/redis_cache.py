@@ -187,6 +187,10 @@ class RedisTokenCache:
             return exchange()[0], True
         return self._exchange(place, owner if locked else None, exchange, prove, deadline=deadline)
 
+    def close(self) -> None:
+        """Close the connections to Redis."""
+        self._store.drop()
+
     def _exchange(
         self,
         place: _Place,
