@@ -7,11 +7,15 @@ How a test carries an id: tests/support/coverage.py. docs/security-coverage.md s
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 
 import pytest
 
 from tests.support import coverage
+
+PACKAGE = coverage.ROOT / "kong_token_exchange"
+_MODULE = re.compile(r"`([a-z0-9_/]+\.py)`")
 
 # One line for each id, read by tests/support/coverage.py as it stands: plain texts alone.
 NOT_HERE = {
@@ -51,6 +55,14 @@ def test_tests_and_reasons_name_threats_alone() -> None:
 
 def test_chaos_rows_that_are_not_run_say_why() -> None:
     assert {} == {name: reason for name, reason in carried().not_run.items() if not reason}
+
+
+def test_what_is_decided_is_decided_somewhere() -> None:
+    page = coverage.THREATS.read_text(encoding="utf-8")
+    named = {name for line in page.splitlines() if line.startswith("| ") for name in _MODULE.findall(line)}
+
+    assert len(named) > 20
+    assert [] == sorted(name for name in named if not (PACKAGE / name).is_file())
 
 
 def test_every_family_is_there() -> None:
