@@ -4,7 +4,8 @@ List what is installed beside the plugin: a table of licences, or a CycloneDX bi
     python docker/inventory.py --format markdown    # docs/dependencies.md
     python docker/inventory.py --format cyclonedx   # the images' sbom.cdx.json
 
-Only the distribution, what it needs, and what that needs are listed, whatever else is installed.
+Only the distribution, what it needs, with the extras for running as far as they are installed, and
+what that needs are listed, whatever else is there.
 
 Source: CycloneDX 1.6; Core metadata specifications (Python packaging), License-Expression.
 """
@@ -21,12 +22,16 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
 ROOT = "kong-token-exchange"
 
+# What may be installed for running; the images have it.
+EXTRAS = frozenset({"redis"})
+
 # Requirements that are for an extra are not installed by default.
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?")
 
 INTRODUCTION = """# Dependencies
 
 What is installed with the plugin, and under which licence.
+`redis` comes with the extra of that name, and is in the images.
 The reason for each direct one is in [ADR 1](adr/0001-dependencies.md).
 Written by `python docker/inventory.py --format markdown`.
 The images carry the same list as CycloneDX in `/opt/token-exchange/sbom.cdx.json`.
@@ -50,16 +55,16 @@ def normal_name(name: str) -> str:
 
 
 def installed(root: str) -> dict[str, Distribution]:
-    """Return *root* and everything it needs without extras of its own, by normal name."""
+    """Return *root* and everything that is installed of what it needs, by normal name."""
     found: dict[str, Distribution] = {}
-    waiting = [(root, frozenset[str]())]
+    waiting = [(root, EXTRAS)]
     seen = set(waiting)
     while waiting:
         name, extras = waiting.pop()
         try:
             one = distribution(name)
         except PackageNotFoundError:
-            # For another platform or another version of Python.
+            # For another platform, another version of Python, or an extra that is not installed.
             continue
         found[normal_name(name)] = one
         for need in requirements(one, extras):

@@ -17,7 +17,7 @@ COPY kong_token_exchange ./kong_token_exchange
 # pip installs from outside, so that the environment which is shipped has none.
 RUN python3 -m venv /tmp/pip && /tmp/pip/bin/pip install --upgrade pip \
  && python3 -m venv --without-pip /opt/token-exchange \
- && /tmp/pip/bin/pip --python /opt/token-exchange install --no-compile .
+ && /tmp/pip/bin/pip --python /opt/token-exchange install --no-compile '.[redis]'
 COPY docker/inventory.py /opt/token-exchange/libexec/
 RUN /opt/token-exchange/bin/python /opt/token-exchange/libexec/inventory.py --format cyclonedx \
       > /opt/token-exchange/sbom.cdx.json

@@ -14,7 +14,7 @@ WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY kong_token_exchange ./kong_token_exchange
 RUN python3 -m venv --without-pip /opt/token-exchange \
- && python3 -m pip --python /opt/token-exchange install --no-compile .
+ && python3 -m pip --python /opt/token-exchange install --no-compile '.[redis]'
 COPY docker/inventory.py docker/healthcheck.py docker/plugin-server.sh /opt/token-exchange/libexec/
 RUN /opt/token-exchange/bin/python /opt/token-exchange/libexec/inventory.py --format cyclonedx \
       > /opt/token-exchange/sbom.cdx.json \
