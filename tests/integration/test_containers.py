@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tests.support.containers import (
     ContainersUnavailableError,
     KeycloakContainer,
     KongContainers,
+    RedisContainer,
     docker,
     require_images,
 )
@@ -134,7 +136,9 @@ def test_the_image_carries_its_bill_of_materials(plugin_server_image: str) -> No
     bill = json.loads(run(plugin_server_image, "cat", "/opt/token-exchange/sbom.cdx.json"))
 
     assert ("CycloneDX", "kong-token-exchange") == (bill["bomFormat"], bill["metadata"]["component"]["name"])
-    assert {"PyJWT", "cryptography", "requests"} <= {component["name"] for component in bill["components"]}
+    assert {"PyJWT", "cryptography", "requests", "redis"} <= {
+        component["name"] for component in bill["components"]
+    }
 
 
 def test_the_all_in_one_image_starts_its_own_plugin_server() -> None:
@@ -193,6 +197,38 @@ def test_a_real_keycloak_and_a_real_kong_from_testcontainers() -> None:
     )
 
 
+def test_cache_22_two_nodes_share_a_single_use_assertions_result_through_redis() -> None:
+    """Gateways, identity provider and Redis, all of them containers."""
+    with ExitStack() as stack:
+        try:
+            keycloak: Any = KeycloakContainer()
+            stack.callback(keycloak.stop)
+            redis = RedisContainer()
+            stack.callback(redis.stop)
+        except ContainersUnavailableError as exc:
+            pytest.skip(f"no containers: {exc}")
+        upstream = stack.enter_context(EchoUpstream())
+        config = load_declarative()
+        plugin = config["services"][1]["routes"][0]["plugins"][0]["config"]
+        plugin["cluster_cache_strategy"] = "redis"
+        plugin["cluster_cache_items"] = ["tokens"]
+        plugin["cluster_cache_redis"] = {"host": "127.0.0.1", "port": redis.port}
+        plugin["token_exchange"]["cache"] = {"seal_keys": ["for-this-test-alone-" + "x" * 32]}
+        nodes = []
+        for _ in range(2):
+            nodes.append(start_kong({ISSUER_ADDRESS: keycloak.address}, upstream, config))
+            stack.callback(nodes[-1].stop)
+
+        token = mint(keycloak, "partner", "partner-app")
+        answers = [ask(node, token, "/inventory") for node in nodes]
+        received = [bearer_token(request) for request in upstream.log.requests]
+
+    # Keycloak takes an assertion once, so the second node can have the result from the first alone.
+    assert [200, 200] == [answer.status_code for answer in answers]
+    assert received[0] == received[1]
+    assert received[0] not in (None, token)
+
+
 def test_a_changed_file_and_a_lost_sidecar_on_containers() -> None:
     with IssuerServer() as issuers, EchoUpstream() as upstream:
         gateway = start_kong({ISSUER_ADDRESS: issuers.address}, upstream)
@@ -223,16 +259,18 @@ def test_a_changed_file_and_a_lost_sidecar_on_containers() -> None:
             gateway.stop()
 
 
-def start_kong(issuers: dict[str, tuple[str, int]], upstream: EchoUpstream) -> KongContainers:
+def start_kong(
+    issuers: dict[str, tuple[str, int]], upstream: EchoUpstream, config: dict[str, Any] | None = None
+) -> KongContainers:
     upstreams = dict.fromkeys(UPSTREAM_ADDRESSES.values(), upstream.address)
     try:
-        return KongContainers(load_declarative(), upstreams=upstreams, issuers=issuers)
+        return KongContainers(config or load_declarative(), upstreams=upstreams, issuers=issuers)
     except ContainersUnavailableError as exc:
         pytest.skip(f"no containers: {exc}")
 
 
-def ask(gateway: KongContainers, token: str) -> requests.Response:
-    return requests.get(gateway.url + "/orders", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+def ask(gateway: KongContainers, token: str, path: str = "/orders") -> requests.Response:
+    return requests.get(gateway.url + path, headers={"Authorization": f"Bearer {token}"}, timeout=60)
 
 
 def aud(answer: requests.Response) -> Any:

@@ -7,10 +7,12 @@ environment gives, and is skipped with the reason otherwise. Everything is publi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -149,6 +151,40 @@ class KeycloakContainer:
 
     def stop(self) -> None:
         self._container.stop()
+
+
+class RedisContainer:
+    """A Redis that keeps nothing on disk."""
+
+    def __init__(self) -> None:
+        require_images(REDIS_IMAGE)
+        self.name = f"{REDIS_IMAGE}(container)"
+        self.port = free_port()
+        self._container = _container(REDIS_IMAGE)
+        self._container.with_command(
+            ["redis-server", "--save", "", "--appendonly", "no", "--protected-mode", "no"]
+        )
+        self._container.ports["6379/tcp"] = ("127.0.0.1", self.port)
+        self._container.start()
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self._container.stop()
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            # The engine accepts connections before Redis does, so an answer counts.
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as probe:
+                probe.sendall(b"PING\r\n")
+                if probe.recv(16).startswith(b"+PONG"):
+                    return
+            time.sleep(0.1)
+        raise RuntimeError("the Redis container does not answer")
 
 
 class KongContainers:
