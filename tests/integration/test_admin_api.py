@@ -418,6 +418,35 @@ def test_an_invalid_configuration_answers_500_and_names_its_mistake(stage: Stage
     stage.await_audience("/orders", stage.token(), "orders-api")
 
 
+def test_secrets_and_mistakes_are_the_same_without_a_database(kong_without_database: Stage) -> None:
+    stage = kong_without_database
+    configs = {
+        "vault": for_audience("orders", client_secret=["{vault://env/kte-test-secret}"]),
+        "stale": for_audience("orders", client_secret=["{vault://env/kte-test-wrong-secret}"]),
+        "mistake": for_audience("orders", issuer="ftp://keycloak:8080/realms/internal"),
+    }
+    routes = [
+        {
+            "name": name,
+            "paths": [f"/{name}"],
+            "plugins": [{"name": "token-exchange", "config": config}],
+        }
+        for name, config in configs.items()
+    ]
+    service = {"name": "orders", "url": stage.upstream.url, "routes": routes}
+    stage.admin.load({"_format_version": "3.0", "services": [service]})
+    stage.await_audience("/vault", stage.token(), "orders-api")
+    hits = stage.upstream.hits
+
+    for path in ("/stale", "/mistake"):
+        assert wait_until(lambda: stage.get(path, stage.token()).status_code == 500)  # noqa: B023 - used at once
+        assert "server_error" == stage.get(path, stage.token()).json()["error"]
+
+    assert hits == stage.upstream.hits
+    assert wait_until(lambda: "config_invalid path=issuer" in stage.kong.logs())
+    assert SECRET not in stage.kong.logs()
+
+
 # --- kong reload under load -----------------------------------------------------------
 
 RELOADS = 100 if os.environ.get("LONG") else 5
