@@ -27,6 +27,7 @@ from datetime import date
 from typing import Any, Literal, cast
 from urllib.parse import SplitResult, urlsplit
 
+from kong_token_exchange.core.dpop import PROOF_ALGORITHMS
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS, parse_compact
 from kong_token_exchange.core.policy import (
     TOKEN_TYPE_ACCESS_TOKEN,
@@ -45,6 +46,7 @@ from kong_token_exchange.errors import ConfigError, InvalidTokenError
 from kong_token_exchange.protocol.bearer import is_b64token
 from kong_token_exchange.protocol.certificate import CertificateFormat
 from kong_token_exchange.protocol.exchange import ExchangeParameters
+from kong_token_exchange.protocol.resource_metadata import ResourceMetadata, build_metadata, metadata_paths
 from kong_token_exchange.schema import (
     CONFIG,
     DEFAULT_NEGATIVE_TTL_S,
@@ -196,6 +198,7 @@ class PluginConfig:
     scopes_claim: tuple[str, ...]
     possession: PossessionPolicy
     certificate_header: CertificateHeader | None
+    resource_metadata: ResourceMetadata | None
     leeway: float
     timeout_ms: int
     deadline_ms: int
@@ -441,6 +444,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
     target = _build_target(members, notes)
     issuers, target_rules = _build_issuers(exchange, target, notes)
     credential = _build_credential(members, notes)
+    possession = _build_possession(members, exchange["proof_of_possession"])
     config = PluginConfig(
         identity=_identify(members),
         target=target,
@@ -463,8 +467,9 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         claims_forbidden=tuple(members["claims_forbidden"] or ()),
         audience_claim=tuple(members["audience_claim"]),
         scopes_claim=tuple(members["scopes_claim"]),
-        possession=_build_possession(members, exchange["proof_of_possession"]),
+        possession=possession,
         certificate_header=_build_certificate_header(members, exchange["proof_of_possession"]),
+        resource_metadata=_build_resource_metadata(members, credential, possession),
         leeway=float(members["leeway"]),
         timeout_ms=int(members["timeout"]),
         deadline_ms=exchange["deadline"],
@@ -1289,6 +1294,54 @@ def _build_certificate_header(members: Members, facts: Members) -> CertificateHe
         form=record["certificate_header_format"],
         trusted=tuple(_parse_network(value, f"{path}[{index}]") for index, value in enumerate(trusted)),
     )
+
+
+# What Kong's router and its normalised path leave as it is.
+_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@\-]+)+")
+
+
+def _build_resource_metadata(
+    members: Members, source: CredentialSources, possession: PossessionPolicy
+) -> ResourceMetadata | None:
+    path, record = "protected_resource_metadata", members["protected_resource_metadata"]
+    if not any(record.values()):
+        return None
+    for name in ("resource", "authorization_servers"):
+        if not record[name]:
+            raise ConfigError(f"{path}.{name}", "required")
+    resource, servers = record["resource"], record["authorization_servers"]
+    endpoint, allow_http = record["metadata_endpoint"], members["insecure_allow_http"]
+    _check_published(resource, f"{path}.resource", allow_http=allow_http)
+    for index, server in enumerate(servers):
+        _check_published(server, f"{path}.authorization_servers[{index}]", allow_http=allow_http)
+    for index, scope in enumerate(record["scopes_supported"] or ()):
+        _check_match(_SCOPE_TOKEN, scope, f"{path}.scopes_supported[{index}]", "must be one scope")
+    places = ("metadata_endpoint" if endpoint else "resource", "resource")
+    for place, found in zip(places, metadata_paths(resource, endpoint), strict=True):
+        # A document must not stand in the place of something else.
+        if not _PLAIN_PATH.fullmatch(found) or {".", ".."} & set(found.split("/")):
+            raise ConfigError(f"{path}.{place}", "must have a path of plain segments, without escapes")
+    return build_metadata(
+        resource=resource,
+        endpoint=endpoint,
+        authorization_servers=servers,
+        scopes=record["scopes_supported"] or (),
+        bearer_methods=[
+            *(["header"] if source.header and source.header_name is None else []),
+            *(["query"] if source.query else []),
+        ],
+        possession=possession,
+        proof_algorithms=PROOF_ALGORITHMS,
+    )
+
+
+def _check_published(value: str, path: str, *, allow_http: bool) -> None:
+    """Require an https URL that a quoted string can hold; http to loopback only, or where it is allowed."""
+    parts = _split_url(value, path)
+    if '"' in value or "?" in value:
+        raise ConfigError(path, "must not have a query or quotes")
+    if parts.scheme == "http" and not (_is_loopback(parts.hostname or "") or allow_http):
+        raise ConfigError(path, "must be https: http is for loopback, else set insecure_allow_http")
 
 
 def _parse_network(value: str, path: str) -> Network:

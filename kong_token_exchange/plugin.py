@@ -52,6 +52,7 @@ from kong_token_exchange.protocol.bearer import (
 )
 from kong_token_exchange.protocol.certificate import certificate_digest, header_of
 from kong_token_exchange.protocol.credentials import Removal, cookie_token, query_token
+from kong_token_exchange.published import PublishedInstance
 from kong_token_exchange.schema import MAX_DEADLINE_MS, NAME, plugin_schema
 
 # Where openid-connect stands: after the plugins that shape the request, before rate limiting and ACLs.
@@ -443,8 +444,14 @@ def _challenges(config: PluginConfig) -> Mapping[str, Challenge]:
     dpop, algs = config.possession.dpop, " ".join(PROOF_ALGORITHMS)
     both: dict[str, tuple[str, ...]] = {"bearer": ("Bearer", "DPoP"), "dpop": ("DPoP", "Bearer")}
     offered = {"off": ("Bearer",), "strict": ("DPoP",)}
+    published = config.resource_metadata
     return {
-        used: Challenge(schemes=offered.get(dpop, order), algs=algs if dpop != "off" else "")
+        used: Challenge(
+            schemes=offered.get(dpop, order),
+            algs=algs if dpop != "off" else "",
+            resource_metadata=published.url if published is not None else "",
+            scope=published.scope if published is not None else "",
+        )
         for used, order in both.items()
     }
 
@@ -617,7 +624,9 @@ class TokenExchangePlugin:
         self._clock = clock
         self._max_deadline_ms = max_deadline_ms
 
-    def start(self, config: Mapping[str, Any]) -> TokenExchangeInstance | MisconfiguredInstance:
+    def start(
+        self, config: Mapping[str, Any]
+    ) -> TokenExchangeInstance | PublishedInstance | MisconfiguredInstance:
         """Start an instance; one whose configuration is invalid refuses every request."""
         try:
             loaded = self._load(config)
@@ -628,7 +637,9 @@ class TokenExchangePlugin:
             _log.warning("%s", warning)
         for finding in loaded.findings:
             _log.info("finding: %s: %s", finding.path, finding.message)
-        return TokenExchangeInstance(loaded, flow, self._clock)
+        instance = TokenExchangeInstance(loaded, flow, self._clock)
+        published = loaded.resource_metadata
+        return instance if published is None else PublishedInstance(instance, published)
 
     def _load(self, config: Mapping[str, Any]) -> PluginConfig:
         loaded = load_config(config)

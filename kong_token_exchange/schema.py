@@ -416,6 +416,34 @@ _POSSESSION: dict[str, Field] = {
     "proof_of_possession_mtls_from_header": _CERTIFICATE_HEADER,
 }
 
+_PUBLISHED: dict[str, Field] = {
+    "protected_resource_metadata": _record(
+        "Tell callers where tokens for this API come from (RFC 9728): a document that needs no token, and its"
+        " address in every challenge.",
+        # Kong fills in a record that is absent with its defaults, so nothing in it may be required.
+        {
+            "resource": _text(
+                "The URI of the API, as callers know it.",
+                difference="Kong requires it; required here as soon as another member is set.",
+            ),
+            "authorization_servers": _texts(
+                "The issuers whose tokens callers should bring.",
+                len_min=1,
+                difference="Kong requires it; required here as soon as another member is set.",
+            ),
+            "scopes_supported": _texts(
+                "Scopes to advertise, in the document and in a challenge with 401.", len_min=1
+            ),
+            "metadata_endpoint": _text(
+                "The path of the document. Without it the path of `resource` and"
+                " `/.well-known/oauth-protected-resource` after it.",
+                difference="The path of RFC 9728 section 3.1, the well-known part in front, is answered as"
+                " well where the route matches it.",
+            ),
+        },
+    ),
+}
+
 _REQUEST: dict[str, Field] = {
     "audience": _texts("The audiences asked for, each sent as one `audience` parameter."),
     "scopes": _texts(
@@ -927,8 +955,6 @@ def _claim_headers(description: str) -> Field:
     )
 
 
-# Kong requires two members in `protected_resource_metadata`. As long as nothing may be set there,
-# asking for one member would only hide the message that matters.
 _LATER: dict[str, Field] = {
     "introspection_endpoint": _reference("The introspection endpoint."),
     "introspection_endpoint_auth_method": _text(
@@ -983,15 +1009,6 @@ _LATER: dict[str, Field] = {
     "expose_error_code": _flag("Send the error code of RFC 6750 to the caller.", default=True),
     "unauthorized_error_message": _text("The message of a 401 answer.", default="Unauthorized"),
     "forbidden_error_message": _text("The message of a 403 answer.", default="Forbidden"),
-    "protected_resource_metadata": _record(
-        "Advertise the API as a protected resource (RFC 9728).",
-        {
-            "resource": _text("The URI of the resource."),
-            "authorization_servers": _texts("The issuers to advertise.", len_min=1),
-            "scopes_supported": _texts("The scopes to advertise.", len_min=1),
-            "metadata_endpoint": _text("The path of the metadata document."),
-        },
-    ),
     "discovery_headers_names": _texts("Names of extra headers of the discovery request."),
     "discovery_headers_values": _texts("Values paired by position with `discovery_headers_names`."),
     "issuers_allowed": _texts("The issuers allowed in tokens.", referenceable=True),
@@ -1022,6 +1039,7 @@ SECTIONS: dict[str, dict[str, Field]] = {
     "The caller's credential and the upstream header": _CREDENTIAL,
     "Checks": _CHECKS,
     "Proof of possession": _POSSESSION,
+    "What callers are told": _PUBLISHED,
     "The token request": _REQUEST,
     "Transport and cache": _TRANSPORT,
     "The cache that nodes share": _SHARED,

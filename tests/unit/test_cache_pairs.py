@@ -49,6 +49,11 @@ Changes = dict[str, Any]
 STATIC = target.mint(sub="gateway", aud="gateway", azp="gateway")
 BY_HEADER: Changes = {f"{ACTOR_TOKEN}.source": "header", f"{ACTOR_TOKEN}.header_name": "X-Actor"}
 
+METADATA = "protected_resource_metadata"
+PUBLISHED: Changes = {
+    f"{METADATA}.resource": "https://api.test/orders",
+    f"{METADATA}.authorization_servers": [TARGET],
+}
 CERTIFICATE = "proof_of_possession_mtls_from_header"
 BY_CERTIFICATE: Changes = {
     "proof_of_possession_mtls": "optional",
@@ -94,6 +99,15 @@ FIELDS: dict[str, tuple[Changes, Changes]] = {
     "proof_of_possession_dpop": ({}, {"proof_of_possession_dpop": "optional"}),
     "dpop_proof_lifetime": ({}, {"dpop_proof_lifetime": 60}),
     "proof_of_possession_mtls": ({}, {"proof_of_possession_mtls": "optional"}),
+    **{
+        f"{METADATA}.{name}": (PUBLISHED, {**PUBLISHED, f"{METADATA}.{name}": value})
+        for name, value in {
+            "resource": "https://api.test/other",
+            "authorization_servers": ["https://other.test"],
+            "scopes_supported": ["read"],
+            "metadata_endpoint": "/about",
+        }.items()
+    },
     f"{CERTIFICATE}.certificate_header_name": (
         BY_CERTIFICATE,
         {**BY_CERTIFICATE, f"{CERTIFICATE}.certificate_header_name": "x-other"},

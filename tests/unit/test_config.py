@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from datetime import date
 from typing import Any
 
@@ -158,7 +159,6 @@ def spelt_out(field: Field) -> Any:
 
 def test_every_default_may_be_spelt_out() -> None:
     full = spelt_out(CONFIG)
-    del full["protected_resource_metadata"]
     full |= {name: BASE[name] for name in ("issuer", "client_id", "client_secret")}
     full["token_exchange"]["subject_token_issuers"] = BASE["token_exchange"]["subject_token_issuers"]
 
@@ -1363,3 +1363,60 @@ def test_certificates_that_could_not_be_judged_do_not_load(changes: dict[str, ob
         else:
             flat[name] = value
     assert refuse({name: value for name, value in flat.items() if value is not None}).path == path
+
+
+# --- the metadata of a protected resource ---------------------------------------------
+
+PUBLISHED: dict[str, object] = {"resource": "https://api.test/orders", "authorization_servers": [TARGET]}
+
+
+def test_metadata_is_published_where_it_is_configured() -> None:
+    assert load().resource_metadata is None
+    assert load({"protected_resource_metadata": {"scopes_supported": None}}).resource_metadata is None
+    changes: dict[str, object] = {
+        "protected_resource_metadata": PUBLISHED,
+        "bearer_token_param_type": ["header", "query"],
+    }
+    metadata = load(changes).resource_metadata
+
+    assert metadata is not None
+    assert json.loads(metadata.document)["bearer_methods_supported"] == ["header", "query"]
+    named = load({"protected_resource_metadata": PUBLISHED, "bearer_token_header_name": "x-token"})
+    assert named.resource_metadata is not None
+    assert json.loads(named.resource_metadata.document)["bearer_methods_supported"] == []
+
+
+def test_plain_http_is_published_of_loopback_or_on_request() -> None:
+    local = {"resource": "http://localhost:8000/orders", "authorization_servers": ["http://127.0.0.1"]}
+    remote = {**PUBLISHED, "resource": "http://api.test"}
+
+    assert load({"protected_resource_metadata": local}).resource_metadata
+    assert load({"protected_resource_metadata": remote, "insecure_allow_http": True}).resource_metadata
+
+
+@pytest.mark.parametrize(
+    ("changes", "member"),
+    [
+        ({"resource": None}, "resource"),
+        ({"authorization_servers": None}, "authorization_servers"),
+        ({"authorization_servers": []}, "authorization_servers"),
+        *(
+            ({"resource": bad}, "resource")
+            for bad in (
+                "api.test", "urn:api", "http://api.test", "https://api.test/#a", "https://api.test/?a",
+                'https://api.test/"', "https://user@api.test/", "https://api.test/a%20b", "https://api.test/a//b",
+                "https://api.test/a/../b",
+            )
+        ),
+        ({"authorization_servers": [TARGET, "idp"]}, "authorization_servers[1]"),
+        ({"scopes_supported": ["a b"]}, "scopes_supported[0]"),
+        ({"scopes_supported": ['a"']}, "scopes_supported[0]"),
+        *(
+            ({"metadata_endpoint": bad}, "metadata_endpoint")
+            for bad in ("about", "/about/", "/a?b", "/a#b", '/a"', "/", "/a/../b", "/a%41")
+        ),
+    ],
+)  # fmt: skip
+def test_metadata_that_could_mislead_does_not_load(changes: dict[str, object], member: str) -> None:
+    record = {**PUBLISHED, **changes}
+    assert refuse({"protected_resource_metadata": record}).path == f"protected_resource_metadata.{member}"

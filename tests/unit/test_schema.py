@@ -29,16 +29,12 @@ DELIBERATE_DIFFERENCES: dict[tuple[str, str], tuple[object, object]] = {
     ("cluster_cache_redis.connect_timeout", "default"): (2000, 50),
     ("cluster_cache_redis.read_timeout", "default"): (2000, 50),
     ("cluster_cache_redis.send_timeout", "default"): (2000, 50),
+    ("protected_resource_metadata.resource", "required"): (True, None),
+    ("protected_resource_metadata.authorization_servers", "required"): (True, None),
     ("proof_of_possession_mtls_from_header.ca_certificates", "required"): (True, None),
     ("proof_of_possession_mtls_from_header.certificate_header_name", "required"): (True, None),
     ("proof_of_possession_mtls_from_header.revocation_check_mode", "default"): ("IGNORE_CA_ERROR", "SKIP"),
 }
-# Nothing may be set in these records yet, so nothing in them is required.
-NOT_REQUIRED_YET = {
-    "protected_resource_metadata.resource",
-    "protected_resource_metadata.authorization_servers",
-}
-DELIBERATE_DIFFERENCES |= {(path, "required"): (True, None) for path in NOT_REQUIRED_YET}
 OURS_ALONE = {
     "between": (
         "leeway",
@@ -103,7 +99,7 @@ def test_field_is_kongs_but_for_the_listed_differences(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted({path for path, _ in DELIBERATE_DIFFERENCES} - NOT_REQUIRED_YET - {"issuer", "client_id"}),
+    sorted({path for path, _ in DELIBERATE_DIFFERENCES} - {"issuer", "client_id"}),
 )
 def test_a_difference_in_behaviour_is_told_beside_the_field(path: str) -> None:
     assert OUR_FIELDS[path].difference
@@ -243,7 +239,6 @@ def test_json_schema_says_its_dialect_and_refuses_unknown_fields() -> None:
         (("verify_signature",), {"enum": [True, None]}),
         (("issuers_allowed",), {"type": ["array", "null"], "maxItems": 0}),
         (("credential_claim",), {"items": {"enum": ["sub"]}, "maxItems": 1}),
-        (("protected_resource_metadata", "resource"), {"enum": [None]}),
         (("client_auth", "[]"), {"enum": ["client_secret_basic", "client_secret_post", "none"]}),
         (("bearer_token_param_type", "[]"), {"enum": ["cookie", "header", "query"]}),
         (("token_exchange", "subject_token_issuers"), {"type": "array", "minItems": 1}),
