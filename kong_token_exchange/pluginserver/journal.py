@@ -345,10 +345,9 @@ class JournalInstances:
         self._instances[entry.instance_id] = instance
 
     def _let_go(self, instance_id: int) -> None:
-        instance = self._instances.pop(instance_id, None)
-        if instance is not None:
-            self._generation += 1
-            self._leaving.append((self._clock() + self._grace_s, instance))
+        instance = self._instances.pop(instance_id)
+        self._generation += 1
+        self._leaving.append((self._clock() + self._grace_s, instance))
 
     # --- replay -----------------------------------------------------------------------
 

@@ -78,6 +78,16 @@ def two(journal: Journal, clock: FakeClock) -> tuple[Registry, Registry]:
     return Registry(journal, clock), Registry(journal, clock)
 
 
+def test_record_of_an_id_that_nobody_started_is_refused(
+    two: tuple[Registry, Registry], journal: Journal
+) -> None:
+    two[0].start("a")
+    journal.append(journal_module._encode(journal_module._Kind.AGAIN, 4242))
+
+    with pytest.raises(OSError, match="did not start"):
+        two[1].start("b")
+
+
 # --- ids ------------------------------------------------------------------------------
 
 

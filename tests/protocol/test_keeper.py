@@ -118,6 +118,38 @@ def test_killed_keeper_leaves_the_server_alone(start: Callable[..., Kept], tmp_p
     assert "orphaned\n" == kept.line()
 
 
+class EndOfProcessError(BaseException):
+    """In place of what ends or replaces a process."""
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_parent_becomes_the_keeper_and_never_returns(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    ends: list[object] = []
+
+    def end(*arguments: object) -> None:
+        ends.append(arguments)
+        raise EndOfProcessError
+
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("signal.pthread_sigmask", lambda how, signals: set())
+    monkeypatch.setattr("os.fork", lambda: 4321)
+    monkeypatch.setattr("os.getppid", lambda: 77)
+    monkeypatch.setattr("os.execv", end)
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr(keeper, "watch", lambda child, parent: child - parent)
+    if not runs:
+        monkeypatch.setattr("sys.executable", "")
+
+    with pytest.raises(EndOfProcessError):
+        keeper.keep()
+
+    if runs:
+        executable, arguments = sys.executable, [sys.executable, "-I", "-S", keeper.__file__, "4321", "77"]
+        assert [(executable, arguments), (1,)] == ends
+    else:
+        assert [(4321 - 77,)] == ends
+
+
 # --- the keeper's rules ---------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ When a server whose parent is gone ends, and when it waits for a successor.
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -155,6 +156,12 @@ def test_changed_parent_is_noticed_by_a_thread(family: Family) -> None:
 
         eventually(stopped)
     assert [True] == stops
+
+
+def test_thread_ends_with_a_process_that_ends_by_itself(family: Family) -> None:
+    with family.handover.watched(None, check_s=0.001):  # type: ignore[arg-type] # nobody is asked to stop
+        asked = len(threading.enumerate())
+    assert asked - 1 == len(threading.enumerate())
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kong_token_exchange.pluginserver import ready as ready_module
 from kong_token_exchange.pluginserver import wire
 from kong_token_exchange.pluginserver.ready import MAX_ANSWER_BYTES, is_alive, is_ready
 from kong_token_exchange.pluginserver.server import SocketPath
@@ -100,6 +102,28 @@ def test_server_that_accepts_nothing_is_alive_and_not_ready_within_the_time(path
     assert not is_ready(path, 0.05)
     assert WAIT_S > time.monotonic() - begun
     listener.socket.close()
+
+
+def half(sequence: int) -> bytes:
+    return names(sequence)[:6]
+
+
+def test_answer_that_ends_in_the_middle_is_not_ready(path: Path, scripted: Callable[..., None]) -> None:
+    scripted(half)
+
+    assert not is_ready(path, WAIT_S)
+
+
+def test_answer_that_drips_is_not_waited_for_beyond_the_time(
+    path: Path, scripted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The begin, the first piece, and then it is too late for a second one.
+    times = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(ready_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    scripted(half)
+
+    assert not is_ready(path, WAIT_S)
+    assert [] == list(times)
 
 
 def test_scripted_answers_of_a_plugin_server_are_ready(path: Path, scripted: Callable[..., None]) -> None:

@@ -283,6 +283,13 @@ def test_serve_outside_the_main_thread_takes_no_signals(path: Path, monkeypatch:
     assert not path.exists()
 
 
+def test_serve_ends_when_its_handover_is_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kong_token_exchange.pluginserver.parent.Handover.is_over", lambda self: True)
+
+    assert 0 == serve(Plugin(), socket_path=path, exit_with_parent=True)
+    assert not path.exists()
+
+
 def test_ready_that_fails_leaves_no_socket(path: Path) -> None:
     def fail() -> None:
         raise OSError("no")

@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 
+from kong_token_exchange.pluginserver import supervisor as supervisor_module
+from kong_token_exchange.pluginserver.parent import Parent
 from kong_token_exchange.pluginserver.ready import is_ready
-from kong_token_exchange.pluginserver.server import SocketPath
+from kong_token_exchange.pluginserver.server import SocketPath, make_loop
 from kong_token_exchange.pluginserver.supervisor import (
     MAX_RESTART_DELAY_S,
     MAX_START_DELAY_S,
@@ -34,6 +36,7 @@ from kong_token_exchange.pluginserver.supervisor import (
     Slot,
     Supervisor,
     Worker,
+    WorkerLoop,
     run_worker,
     serve_workers,
 )
@@ -698,6 +701,210 @@ def test_load_counts_connections_under_way_and_reports_that_were_missed() -> Non
     with socket.socket() as connection:
         assert not worker.pass_on(connection)
     ours.close()
+
+
+# --- one step at a time ---------------------------------------------------------------
+
+
+class Steps:
+    """A supervisor that is not running, with one worker that the test plays."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kong_token_exchange.pluginserver.supervisor._exit_status", lambda pid, **_: None)
+        monkeypatch.setattr("os.kill", lambda *arguments: self.killed.append(arguments))
+        self.killed: list[tuple[int, ...]] = []
+        self.supervisor = Supervisor(
+            lambda control, journal: None, lambda: SocketPath(folder / "s"), workers=1, drain_limit_s=-1.0
+        )
+        ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.theirs.setblocking(False)
+        ours.setblocking(False)
+        self.worker = Worker(4321, ours, 0.0)
+        self.worker.is_ready = True
+        self.supervisor._slots[0].worker = self.worker
+
+    def close(self) -> None:
+        self.supervisor._drain()
+        self.supervisor._close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    made = Steps(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+def test_connection_that_a_worker_has_no_room_for_waits_with_the_supervisor(steps: Steps) -> None:
+    supervisor, worker = steps.supervisor, steps.worker
+    with contextlib.suppress(BlockingIOError):
+        while worker.control.send(b"x"):
+            pass
+    connection, peer = socket.socketpair()
+    supervisor._hand_over(connection)
+    assert connection in list(supervisor._inherited(worker.control))
+    supervisor._step()
+    # Still there, and looked at again soon; meanwhile nothing is accepted.
+    assert 0.1 > supervisor._timeout()
+    supervisor._accept()
+    assert -1 != connection.fileno()
+
+    with contextlib.suppress(BlockingIOError):
+        while steps.theirs.recv(16):
+            pass
+    supervisor._step()
+
+    assert -1 == connection.fileno()
+    data, fds, _, _ = socket.recv_fds(steps.theirs, 1, 1)
+    assert (b"c", 1) == (data, len(fds))
+    os.close(fds[0])
+    peer.close()
+
+
+def test_connection_that_still_waits_at_the_end_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(tmp_path, monkeypatch)
+    connection, peer = socket.socketpair()
+    steps.worker.gone = True
+    steps.supervisor._hand_over(connection)
+    steps.close()
+
+    assert -1 == connection.fileno()
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(BlockingIOError(), 0), (ConnectionAbortedError(), 0), (OSError("EMFILE"), 1)]
+)
+def test_accept_that_fails_is_tried_again_later(
+    steps: Steps, error: OSError, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def accept() -> tuple[socket.socket, str]:
+        calls.append(1)
+        raise error
+
+    steps.supervisor._listen()
+    listener = steps.supervisor._listener
+    assert listener is not None
+    listener.socket.close()
+    listener.socket = type("Listener", (), {"accept": staticmethod(accept), "close": lambda self: None})()
+    steps.supervisor._accept()
+
+    assert [1] == calls
+    assert told == sum("accept failed" in record.getMessage() for record in caplog.records)
+
+
+def test_crowd_is_taken_in_part_by_part(steps: Steps) -> None:
+    supervisor = steps.supervisor
+    supervisor._listen()
+    assert supervisor._listener is not None
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(70)]
+    for client in clients:
+        client.connect(str(supervisor._listener.path))
+    supervisor._accept()
+    assert 64 == steps.worker.sent
+    supervisor._accept()
+    assert 70 == steps.worker.sent
+    for client in clients:
+        client.close()
+
+
+def test_machine_that_makes_no_process_is_asked_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr("os.fork", fork)
+    supervisor = Supervisor(
+        lambda control, journal: None, lambda: SocketPath(tmp_path / "s"), workers=1, clock=lambda: 5.0
+    )
+    supervisor._fill_slots()
+
+    assert (None, 5.0 + MAX_RESTART_DELAY_S) == (supervisor._slots[0].worker, supervisor._slots[0].start_at)
+    assert "no new worker" in caplog.text
+    supervisor._close()
+
+
+@pytest.mark.parametrize("fault", ["raises", "parent gone"])
+def test_worker_that_ends_before_it_serves_is_a_failed_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("kong_token_exchange.pluginserver.supervisor._FIRST_START_DELAY_S", 0.001)
+    if fault == "parent gone":
+        monkeypatch.setattr(Parent, "is_gone", lambda self: True)
+
+    def work(control: socket.socket, journal: object) -> None:
+        raise RuntimeError
+
+    assert 1 == Supervisor(work, lambda: SocketPath(tmp_path / "s"), workers=1).run()
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_nothing_is_served_when_the_parent_has_gone_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parent, "is_gone", lambda self: True)
+
+    assert 0 == serve_workers(Plugin, workers=1, socket_path=tmp_path / "s", exit_with_parent=True)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_worker_that_somebody_else_waited_for_is_dead_all_the_same() -> None:
+    assert -1 == supervisor_module._exit_status(os.getppid())
+
+
+def test_signals_are_handed_on_by_the_main_thread_alone(steps: Steps) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    seen: list[Any] = []
+
+    def enter() -> None:
+        with steps.supervisor.passing_on(signal.SIGUSR1):
+            seen.append(signal.getsignal(signal.SIGUSR1))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(WAIT_S)
+    assert [before] == seen
+    with steps.supervisor.passing_on(signal.SIGUSR1):
+        signal.raise_signal(signal.SIGUSR1)
+    assert before is signal.getsignal(signal.SIGUSR1)
+    assert [(steps.worker.pid, signal.SIGUSR1)] == steps.killed
+
+
+@pytest.mark.parametrize("end", ["closed", "reset"])
+def test_worker_takes_a_crowd_and_ends_with_its_supervisor(end: str) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pairs = [socket.socketpair() for _ in range(70)]
+    for connection, _ in pairs:
+        socket.send_fds(ours, [b"c"], [connection.fileno()])
+        connection.close()
+    loop = make_loop(Plugin(), threads=1, loop_class=partial(WorkerLoop, control=theirs))
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    supervisor_side = Worker(1, ours, 0.0)
+    ours.setblocking(False)
+
+    def taken() -> bool:
+        supervisor_side.read_reports()
+        return (supervisor_side.taken, supervisor_side.open) == (70, 70)
+
+    eventually(taken)
+    if end == "reset":
+        # A report that nobody has read when the other end closes.
+        pairs[0][1].close()
+        eventually(lambda: select.select([ours], [], [], 0)[0])
+    ours.close()
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+    for _, peer in pairs:
+        peer.close()
+    theirs.close()
 
 
 # --- the page for plugin authors ------------------------------------------------------
