@@ -228,7 +228,7 @@ class Host:
                     return wire.encode_return(sequence, _status(found))
             case wire.GetPluginNames():
                 return wire.encode_plugin_names(sequence, [self.plugin.name])
-            case wire.GetPluginInfo():
+            case wire.GetPluginInfo():  # pragma: no branch - the last kind: an event never comes here
                 return wire.encode_plugin_info(sequence, self._info())
         return wire.encode_return(sequence)
 

@@ -281,7 +281,7 @@ class LocalInstances:
             holder = self._by_id.get(instance_id)
             if holder is None or holder.digest == digest:
                 return instance_id
-        raise AssertionError("candidates do not end")
+        raise AssertionError("candidates do not end")  # pragma: no cover - as it says
 
     def _make(self, name: str, config: bytes) -> Instance:
         return make_instance(self._plugin, name, config, failure=self._failure, log=self._log)

@@ -230,8 +230,7 @@ class Loop:
 
     def _accept(self) -> None:
         listener = self._listener
-        if listener is None:
-            return
+        assert listener is not None  # watched only while there is one
         for _ in range(_ACCEPTS_PER_WAKE):
             try:
                 sock, _ = listener.accept()
@@ -326,8 +325,6 @@ class Loop:
             self._epoll.modify(peer.fd, _READ | _WRITE)
 
     def _flush(self, peer: Peer) -> None:
-        if not peer.unsent:
-            return
         try:
             sent = peer.send(peer.unsent)
         except BlockingIOError:
@@ -341,9 +338,9 @@ class Loop:
             self._epoll.modify(peer.fd, _READ)
 
     def _on_wake(self) -> None:
+        # More than a buffer of them would be reported again.
         with contextlib.suppress(BlockingIOError):
-            while len(self._wake_receive.recv(4096)) == 4096:
-                pass
+            self._wake_receive.recv(4096)
 
     def _on_fault(self, peer: Peer, error: BaseException) -> None:
         self._log.raised("a connection failed", error)
@@ -374,7 +371,7 @@ class Loop:
                         self._abandon(access)
                 case Linger():
                     self._lingering.append((self._clock() + self._linger_s, peer))
-                case Close():
+                case Close():  # pragma: no branch - the last kind there is
                     self._drop(peer)
 
     def _offload(self, peer: Peer, action: RunAccess) -> None:

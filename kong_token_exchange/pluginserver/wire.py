@@ -333,7 +333,7 @@ def encode_call(call: RpcCall) -> bytes:
             number, body = _GET_INSTANCE_STATUS, _int_field(1, instance_id)
         case CloseInstance(instance_id=instance_id):
             number, body = _CLOSE_INSTANCE, _int_field(1, instance_id)
-        case HandleEvent(instance_id=instance_id, event_name=event_name):
+        case HandleEvent(instance_id=instance_id, event_name=event_name):  # pragma: no branch - the last kind
             number, body = _HANDLE_EVENT, _int_field(1, instance_id) + _text_field(2, event_name)
     return _int_field(_SEQUENCE, call.sequence) + _len_field(number, body)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kong_token_exchange.pluginserver.contract import Fetch, exit_with
-from kong_token_exchange.pluginserver.instances import GRACE_S, LocalInstances, fingerprint
+from kong_token_exchange.pluginserver.instances import GRACE_S, FailedPlugin, LocalInstances, fingerprint
+from kong_token_exchange.pluginserver.pdk import Kong
 from tests.protocol.test_faults import FakeClock
 from tests.support.plugins import Instance, Plugin, make_log
 
@@ -261,3 +262,14 @@ def test_deeply_nested_configuration_does_not_end_the_server() -> None:
 
     assert registry.it.start("test-plugin", deep).instance_id
     assert registry.it.start("test-plugin", b'{"a":' + b"[" * 200_000).instance_id
+
+
+def test_plugin_that_did_not_start_never_comes_to_a_thread() -> None:
+    log, _ = make_log()
+    refused = exit_with(500)
+    failed = FailedPlugin("why", refused, log)
+
+    assert refused is failed.warm([])
+    with pytest.raises(AssertionError):
+        failed.access(Kong(Any))  # type: ignore[arg-type]
+    failed.close()

@@ -3,6 +3,7 @@ The server over a real socket: every way an event can end, and what must hold af
 """
 
 import errno
+import os
 import random
 import socket
 import struct
@@ -15,9 +16,9 @@ from typing import Any, Self
 import pytest
 
 from kong_token_exchange.pluginserver import wire
-from kong_token_exchange.pluginserver.connection import Connection, Limits
+from kong_token_exchange.pluginserver.connection import Connection, Deliver, Limits
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
-from kong_token_exchange.pluginserver.offload import EventOverError, Pool, Post
+from kong_token_exchange.pluginserver.offload import EventOverError, Idle, Pool, Post
 from kong_token_exchange.pluginserver.pdk import Kong
 from tests.support.fake_kong import Done, FakeKong, KongSide, Step
 from tests.support.plugins import AUTHORIZATION, Instance, Plugin
@@ -836,6 +837,108 @@ def test_another_socket_can_be_watched_and_let_go(server: Running) -> None:
     theirs.close()
 
     assert [b"hello"] == got
+
+
+def test_peer_that_was_closed_earlier_in_the_round_is_passed_over() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        first, seen = socket.socketpair()
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+
+        def drop() -> None:
+            seen.recv(10)
+            stepped.loop._drop(peer)
+            stepped.loop._drop(peer)
+
+        stepped.loop.watch(seen, drop)
+        first.send(b"x")
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._step()
+
+        assert 0 == stepped.loop.stats().connections
+        stepped.loop.unwatch(seen)
+        first.close()
+        seen.close()
+
+
+def test_room_that_was_promised_and_is_gone_is_waited_for_again() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        send = peer.send
+
+        def full(data: object) -> int:
+            raise BlockingIOError
+
+        peer.send = full  # type: ignore[assignment]
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        for _ in range(3):
+            stepped.loop._step()
+        assert peer.unsent
+        peer.send = send
+        stepped.loop._step()
+
+        assert "success" == FakeKong("").converse(stepped.ours, KongSide()).ended
+        assert not peer.unsent
+
+
+def test_what_comes_for_an_event_that_is_over_is_dropped() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REFUSED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._step()
+        peer.connection.actions.append(Deliver(b"late"))
+        stepped.loop._act(peer)
+        # A fault after the exit: nothing follows an exit.
+        stepped.loop._on_fault(peer, RuntimeError())
+        side = KongSide()
+        side.receive(stepped.ours.recv(65536))
+
+        assert 401 == status_of(side.done)
+        stepped.ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stepped.ours.recv(1)
+
+
+def test_a_signal_wakes_the_loop_through_its_descriptor(server: Running) -> None:
+    woken = threading.Event()
+    server.loop._posts.append(woken.set)
+    os.write(server.loop.wake_fd(), b"\0")
+
+    assert woken.wait(WAIT_S)
+
+
+def test_idle_threads_are_let_go(script: Scripted, server: Running) -> None:
+    script.access["Bearer cold"] = lambda kong: None
+    instance_id = server.kong.start({})
+    assert "success" == ask(server, instance_id, "Bearer cold").ended
+    assert 1 == server.loop.stats().threads
+    server.loop.post(Idle())
+
+    eventually(lambda: server.loop.stats().threads == 0)
+    assert "success" == ask(server, instance_id, "Bearer cold").ended
+
+
+def test_thread_that_goes_on_after_its_client_left_is_replaced_and_nobody_timed_out(
+    script: Scripted, tmp_path: Path
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def run(kong: Kong) -> None:
+        entered.set()
+        assert leave.wait(WAIT_S)
+
+    script.access["Bearer hang"] = run
+    with Running(script.plugin(), tmp_path, threads=1, deadline_s=0.2) as server:
+        instance_id = server.kong.start({})
+        sock, side = server.kong.connect(), KongSide([Step(HEADER, reply="Bearer hang")])
+        sock.sendall(side.begin(instance_id))
+        sock.sendall(side.receive(sock.recv(65536)))
+        assert entered.wait(WAIT_S)
+        sock.close()
+
+        eventually(lambda: server.loop.stats().lost_threads == 1)
+        assert 0 == server.loop.stats().timed_out
+        leave.set()
+        eventually(lambda: server.loop.stats().lost_threads == 0)
 
 
 # --- stopping -------------------------------------------------------------------------

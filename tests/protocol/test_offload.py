@@ -521,6 +521,24 @@ def test_thread_that_is_gone_is_counted_out_and_replaced(monkeypatch: pytest.Mon
     assert ["a thread of the pool is gone"] == loop.lines.lines
 
 
+def test_idle_thread_that_is_gone_is_counted_out_and_none_is_made_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Loop(threads=2) as loop:
+        loop.submit(lambda kong: None)
+        loop.ended()
+        # As if the only thread had died of something that Python cannot catch.
+        (thread,) = loop.pool._threads
+        loop.pool._jobs.put(None)
+        thread.join(WAIT_S)
+        assert 1 == loop.pool.size
+        loop.pool.recount()
+        assert (0, 0) == (loop.pool.size, len(loop.pool._threads))
+        loop.submit(lambda kong: None)
+        loop.ended()
+        assert 1 == loop.pool.size
+
+
 def test_threads_that_leave_lose_no_count() -> None:
     with Loop(threads=2, idle_s=0.01) as loop:
         loop.submit(lambda kong: None)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kong_token_exchange.pluginserver import wire
-from kong_token_exchange.pluginserver.connection import Host, State
+from kong_token_exchange.pluginserver.connection import Connection, Host, State
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Outcome, Patience, exit_with, proceed
 from kong_token_exchange.pluginserver.faults import make_faults
 from kong_token_exchange.pluginserver.instances import LocalInstances
@@ -444,6 +444,27 @@ def test_fault_while_an_event_lands_is_500_for_it(desk: Desk, where: str) -> Non
     assert "own" == owner.ended
     assert [500, 500] == [event.ended[0] for event in others]
     assert "MARKED" not in desk.lines
+
+
+def test_fault_of_ours_while_an_event_lands_is_500_for_it_alone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access, (_, broken, other) = desk.crowd(3)
+    settle = Connection.settle
+
+    def failing(connection: Connection, *arguments: Any) -> bytes | None:
+        if connection is broken.peer.connection:
+            raise RuntimeError("MARKED")
+        return settle(connection, *arguments)
+
+    monkeypatch.setattr(Connection, "settle", failing)
+    desk.end(access, again=lambda: answer("a", "t", "shared"))
+
+    assert (500, "a t shared") == (broken.ended[0], other.ended)
+    assert "a connection failed: RuntimeError" in desk.lines
+    assert "MARKED" not in desk.lines
+    desk.advance(DEADLINE_S)
+    assert (0, 0) == (desk.parked, desk.loop.stats().timed_out)
 
 
 # --- bounds ---------------------------------------------------------------------------

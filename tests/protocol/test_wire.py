@@ -244,3 +244,11 @@ def test_instance_status_never_holds_the_configuration() -> None:
     fields = dict(wire.read_fields(wire.encode_return(1, wire.InstanceStatus("p", 7, 9))))
 
     assert {1: b"p", 2: 7, 4: 9} == dict(wire.read_fields(fields[33]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\x0d\x00\x00\x80\x3f", b"\x0a\x04abcd", b"\x08\x01"], ids=["float", "bytes", "varint"]
+)
+def test_a_number_is_a_double_and_nothing_else(payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="wire_type_mismatch"):
+        wire.decode_number(payload)
