@@ -38,7 +38,7 @@ from kong_token_exchange.core.sealing import (
     open_sealed,
     seal,
 )
-from kong_token_exchange.errors import IssuerUnavailableError, TokenExchangeError
+from kong_token_exchange.errors import DeadlineError, IssuerUnavailableError, TokenExchangeError
 from kong_token_exchange.ports import Clock, ExchangedToken, Metrics
 from kong_token_exchange.secret import Secret
 from kong_token_exchange.shell.redis_store import StoreError
@@ -279,6 +279,10 @@ class RedisTokenCache:
         except SealError as error:
             self._metrics.count("shared_cache_refused", flaw=error.flaw)
             return None
+        except (IssuerUnavailableError, DeadlineError):
+            # Keys that cannot be had say nothing against the entry.
+            self._metrics.count("shared_cache_refused", flaw="unprovable")
+            return None
         except TokenExchangeError:
             self._metrics.count("shared_cache_refused", flaw="unproven")
             return None
@@ -323,6 +327,10 @@ class RedisTokenCache:
 
     def _write(self, place: _Place, owner: bytes | None, ends: float | None, plain: bytes) -> None:
         """Run in the writer's thread."""
+        if not self._breaker.closed:
+            # It opened while this waited: what is left behind it in the queue must not wait as well.
+            self._metrics.count("shared_cache_writes", result="dropped")
+            return
         life_ms = 0 if ends is None else _milliseconds(ends - self._clock.now())
         result = "too_short"
         try:

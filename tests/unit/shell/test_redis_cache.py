@@ -9,10 +9,12 @@ import pytest
 
 from kong_token_exchange.core.sealing import MAX_SEALED_BYTES, derive_seal_key, entry_name, seal
 from kong_token_exchange.errors import (
+    DeadlineError,
     ExchangedTokenError,
     GatewayError,
     IssuerUnavailableError,
     RefusedTokenError,
+    TokenExchangeError,
 )
 from kong_token_exchange.ports import ExchangedToken
 from kong_token_exchange.secret import Secret
@@ -104,7 +106,7 @@ class Node:
         self.exchanges = 0
         self.proven: list[bytes] = []
         self.fails: BaseException | None = None
-        self.unproven = False
+        self.unproven: TokenExchangeError | None = None
         self.pauses: list[float] = []
         self.on_pause: Callable[[], None] | None = None
         self.life_s: float | None = 100.0
@@ -132,8 +134,8 @@ class Node:
 
     def prove(self, shared: bytes) -> ExchangedToken:
         self.proven.append(shared)
-        if self.unproven:
-            raise ExchangedTokenError(reason="subject_differs")
+        if self.unproven is not None:
+            raise self.unproven
         return self.token("found")
 
     def token(self, text: str) -> ExchangedToken:
@@ -301,13 +303,21 @@ def test_fault_65_what_is_poisoned_is_a_miss(value: bytes, flaw: str) -> None:
     assert "found" == Node(node.store).get()
 
 
-def test_cache_19_what_the_caller_cannot_prove_is_a_miss() -> None:
+@pytest.mark.parametrize(
+    ("error", "flaw"),
+    [
+        (ExchangedTokenError(reason="subject_differs"), "unproven"),
+        (IssuerUnavailableError(reason="keys_unavailable"), "unprovable"),
+        (DeadlineError(reason="deadline"), "unprovable"),
+    ],
+)
+def test_cache_19_what_the_caller_cannot_prove_is_a_miss(error: TokenExchangeError, flaw: str) -> None:
     node = Node(FakeStore())
     node.store.values[name_of()] = sealed()
-    node.unproven = True
+    node.unproven = error
 
     assert "made" == node.get()
-    assert {"unproven": 1} == node.counted("shared_cache_refused")
+    assert {flaw: 1} == node.counted("shared_cache_refused")
 
 
 @pytest.mark.parametrize("life_s", [None, 0.0, -10.0], ids=["endless", "now", "past"])
@@ -464,6 +474,20 @@ def test_entries_that_cannot_be_written_fast_enough_are_dropped() -> None:
 
     assert 2 == node.counted("shared_cache_writes")["dropped"]
     hold.set()
+
+
+def test_what_waits_to_be_written_when_the_breaker_opens_is_dropped() -> None:
+    node = Node(FakeStore())
+    hold, begun = threading.Event(), threading.Event()
+    node.cache._writer.start(lambda: (begun.set(), hold.wait(PATIENCE_S)))
+    assert begun.wait(PATIENCE_S)
+    node.get()
+    opened(node)
+
+    hold.set()
+
+    assert eventually(lambda: node.counted("shared_cache_writes") == {"dropped": 1})
+    assert "write" not in node.store.calls
 
 
 def test_a_store_that_refuses_to_write_is_a_fault_and_no_error() -> None:
