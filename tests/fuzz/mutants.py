@@ -1,5 +1,5 @@
 """
-Good tokens changed a little, and what the real flow makes of them: never anything but a refusal.
+Good tokens changed a little, and what plugin and flow make of them: never anything but a refusal.
 
 Each way of changing is a function from a source of chance and the good tokens to a text; what
 comes out equal to a good token is thrown away. Not among them is the second signature that ECDSA
@@ -19,13 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kong_token_exchange.errors import RejectionError
-from kong_token_exchange.ports import NotInMemoryError
-from kong_token_exchange.protocol.bearer import parse_authorization
+from kong_token_exchange.plugin import TokenExchangePlugin
 from tests.support.minting import FakeIssuer, b64, public_pem, to_json, with_member
-from tests.unit.test_flow import PARTNER, TARGET, Bench, forger, partner, target
-
-MAX_TOKEN = 16 * 1024
+from tests.unit.test_flow import CONFIG, PARTNER, TARGET, Bench, forger, partner, target
 
 Chance = random.Random
 
@@ -341,53 +337,84 @@ def mutants(chance: Chance, goods: Sequence[Good]) -> Iterator[tuple[str, str]]:
                 yield change.__name__, text
 
 
-# --- the flow -------------------------------------------------------------------------
+# --- the plugin -----------------------------------------------------------------------
 
 
 class AcceptedError(AssertionError):
     """A changed token got through."""
 
 
+class Recorder:
+    """A PDK object for the pool: answers with one header, and keeps what it was told at the end."""
+
+    def __init__(self, header: str, path: str = "", calls: list[tuple[str, Any]] | None = None) -> None:
+        self._header, self._path = header, path
+        self.calls: list[tuple[str, Any]] = [] if calls is None else calls
+
+    def __getattr__(self, name: str) -> Recorder:
+        return Recorder(self._header, f"{self._path}.{name}".lstrip("."), self.calls)
+
+    def __call__(self, *arguments: Any) -> str:
+        self.calls.append((self._path, arguments))
+        return self._header if arguments == ("authorization",) else ""
+
+
 class Gate:
-    """The real flow behind the real reader of the credential, warm: every good token has passed once."""
+    """
+    The plugin over the real flow, warm: each good token has been exchanged, is cached, and its answer stands.
+
+    So a mutant meets everything that remembers good tokens: the answers that stand (`lease`), the
+    verified subject tokens, the exchanged ones.
+    """
 
     def __init__(self) -> None:
         self.bench = Bench()
+        plugin = TokenExchangePlugin(lambda _: self.bench.flow, self.bench.clock)
+        self._instance: Any = plugin.start(CONFIG)
         self.goods = good_tokens()
         for good in self.goods:
-            self.bench.token(good.token)
+            assert self._status(good.token) is None
+            # Judged once more, and from then on answered without.
+            assert self._warm_status(good.token) == self._warm_status(good.token) == (True, None)
         self._exchanges = self.bench.exchanges
 
-    def judge(self, text: str, *, warm: bool = False) -> str:
+    def judge(self, text: str) -> str:
         """
-        Return the reason of the refusal.
-
-        Args:
-            text: What stands behind `Bearer`.
-            warm: As on the loop, where only memory may be asked.
+        Return the reason of the refusal of what stands behind `Bearer`.
 
         Raises:
             AcceptedError: there was none.
+            AssertionError: it was answered by anything but 400, 401 or 403.
             BaseException: whatever else came out of it; there must not be any.
         """
-        try:
-            token = parse_authorization(f"Bearer {text}", max_length=MAX_TOKEN)
-            if token is None:
-                return "no credential"
-            self.bench.run(token, within=None if warm else 5.0)
-        except RejectionError as error:
-            # What a refusal says and shows must not fail either.
-            return str(error.reason)
-        except NotInMemoryError:
-            return "left to the pool"
-        raise AcceptedError(text)
+        self.bench.audit.events.clear()
+        answered, status = self._warm_status(text)
+        if not answered:
+            status = self._status(text)
+        if status is None:
+            raise AcceptedError(text)
+        assert status in (400, 401, 403), status
+        return str(self.bench.audit.events[-1].reason)
 
     def check_nothing_was_asked(self) -> None:
         """Require that no mutant has reached the token endpoint, and that good tokens still pass."""
         assert self._exchanges == self.bench.exchanges
         for good in self.goods:
-            self.bench.token(good.token)
+            assert self._warm_status(good.token) == (True, None)
         assert self._exchanges == self.bench.exchanges
+
+    def _warm_status(self, text: str) -> tuple[bool, int | None]:
+        """Return whether the loop answers, and with which exit status; None where the request goes on."""
+        facts = {"header": f"Bearer {text}", "method": "GET"}
+        outcome = self._instance.warm([facts.get(kind, "") for kind in self._instance._kinds])
+        return outcome is not None, outcome.status if outcome is not None else None
+
+    def _status(self, text: str) -> int | None:
+        """Return the exit status of the pool; None where the request goes on."""
+        kong = Recorder(f"Bearer {text}")
+        self._instance.access(kong)
+        exits = [arguments[0] for path, arguments in kong.calls if path == "response.exit"]
+        return exits[0] if exits else None
 
 
 def run(count: int, seed: int) -> dict[str, Counter[str]]:
@@ -395,8 +422,8 @@ def run(count: int, seed: int) -> dict[str, Counter[str]]:
     gate = Gate()
     found: dict[str, Counter[str]] = {change.__name__: Counter() for change in CHANGES}
     stream = mutants(random.Random(seed), gate.goods)
-    for number in range(count):
+    for _ in range(count):
         kind, text = next(stream)
-        found[kind][gate.judge(text, warm=number % 4 == 0)] += 1
+        found[kind][gate.judge(text)] += 1
     gate.check_nothing_was_asked()
     return found

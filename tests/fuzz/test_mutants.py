@@ -32,11 +32,12 @@ def test_jwt_41_ten_thousand_mutated_tokens_are_refused(capsys: pytest.CaptureFi
 
 def test_the_gate_lets_good_tokens_through_and_tells() -> None:
     gate = mutants.Gate()
+    asked = gate.bench.keys.asked.copy()
     for good in gate.goods:
         with pytest.raises(mutants.AcceptedError):
             gate.judge(good.token)
-        with pytest.raises(mutants.AcceptedError):
-            gate.judge(good.token, warm=True)
+    # None of them was judged again: the mutants meet the shortest way that there is.
+    assert asked == gate.bench.keys.asked
 
 
 def test_every_way_of_changing_gives_something_else() -> None:
