@@ -41,7 +41,7 @@ from kong_token_exchange.core.jwk import Jwk, select_verification_key
 from kong_token_exchange.core.jws import Jws, check_algorithm, parse_compact, verify_signature
 from kong_token_exchange.core.lifetime import refresh_instant, reuse_deadline
 from kong_token_exchange.core.narrowing import check_same_subject, find_widening
-from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, SubjectTokenIssuer
+from kong_token_exchange.core.policy import TOKEN_TYPE_ID_TOKEN, PossessionPolicy, SubjectTokenIssuer
 from kong_token_exchange.core.possession import (
     NO_EVIDENCE,
     Evidence,
@@ -184,6 +184,8 @@ class Flow:
     ) -> None:
         self._config = config
         self._proofs = proofs
+        # None where nothing is proven: what is asked of every request then costs nothing.
+        self._possession = config.possession or None
         self._sender = sender
         self._keys = keys
         self._cache = cache
@@ -232,19 +234,21 @@ class Flow:
         try:
             verified, known = self._verified_subject(token, token_key, now=now, deadline=deadline)
             subject = verified.claims
-            proof = self._prove_possession(subject, token, evidence, now=now)
+            proof = None
+            if self._possession is not None:
+                proof = self._prove_possession(self._possession, subject, token, evidence, now=now)
             decision = self._decide(subject)
             if not known:
                 # Only now: a token that is refused anyway must not push out those in use (CACHE-18).
                 self._cache.store_verified(token_key, verified)
-            if deadline is not None:
-                self._use(proof, now=now)
+            if proof is not None and deadline is not None:
+                self._proofs.use(proof.key, iat=proof.iat, now=now)
             if isinstance(decision, Exchange):
                 actor = self._actor(actor_token, subject, now=now, deadline=deadline)
             result = self._act(token, token_key, subject, decision, actor, now=now, deadline=deadline)
-            if deadline is None:
+            if proof is not None and deadline is None:
                 # Only now: a request that goes on to the pool comes by here once more.
-                self._use(proof, now=now)
+                self._proofs.use(proof.key, iat=proof.iat, now=now)
         except TokenExchangeError as error:
             self.record_refusal(error, subject=subject, actor=_claims_of(actor))
             raise
@@ -360,7 +364,7 @@ class Flow:
         # An ID token only where the exchange declares one, and never of the target: it could be forwarded.
         id_token = trust.subject_token_type == TOKEN_TYPE_ID_TOKEN and trust.issuer != config.target.issuer
         check_type(claims, typ=verified.typ, accepted=trust.typ, id_token=id_token)
-        if not config.possession:
+        if self._possession is None:
             check_bearer(claims)
         check_audience(claims, accepted=trust.audience)
         check_required_claims(claims, required=trust.required_claims)
@@ -380,12 +384,9 @@ class Flow:
         return *self._verify(token, deadline), False
 
     def _prove_possession(
-        self, subject: Claims, token: str, evidence: Evidence, *, now: float
+        self, policy: PossessionPolicy, subject: Claims, token: str, evidence: Evidence, *, now: float
     ) -> Proof | None:
         """Require proof of each key that the token is bound to; a DPoP proof is still to be used up."""
-        policy = self._config.possession
-        if not policy:
-            return None
         bound = required_confirmation(subject, policy=policy)
         check_scheme(evidence, bound=bound)
         if bound.x5t_s256 is not None:
@@ -402,10 +403,6 @@ class Flow:
             now=now,
             lifetime=policy.proof_lifetime_s,
         )
-
-    def _use(self, proof: Proof | None, *, now: float) -> None:
-        if proof is not None:
-            self._proofs.use(proof.key, iat=proof.iat, now=now)
 
     def _trust(self, iss: object) -> SubjectTokenIssuer:
         return trusted_issuer(iss, issuers=self._config.issuers, target=self._config.target_rules)

@@ -219,7 +219,8 @@ class TokenExchangeInstance:
         self._kinds = tuple(kind for _, kind in self._readers)
         # A query or a cookie header differs from request to request: keeping answers for it is waste.
         # With a proof, the very same request must not get the same answer.
-        repeats = {"query", "cookie"}.isdisjoint(self._kinds) and not config.possession
+        self._proves = bool(config.possession)
+        repeats = {"query", "cookie"}.isdisjoint(self._kinds) and not self._proves
         self._leases = flow.leases() if repeats else None
         self._patience = Patience(config.deadline_ms / 1000, self._waited_too_long)
 
@@ -274,7 +275,7 @@ class TokenExchangeInstance:
     def coalesce(self, facts: Facts) -> Patience | None:  # noqa: ARG002 - the contract hands facts over
         """Let requests with the same facts wait for one of them: nothing else decides about them."""
         # A proof may be used once, so requests with the same one are not to be answered alike.
-        return None if self._config.possession else self._patience
+        return None if self._proves else self._patience
 
     def _share(
         self,
@@ -341,7 +342,7 @@ class TokenExchangeInstance:
         return credential, result
 
     def _run(self, credential: _Credential, facts: Mapping[str, Any], deadline: float | None) -> FlowResult:
-        if not self._config.possession:
+        if not self._proves:
             return self._flow.run(credential.token, deadline=deadline, actor_token=credential.actor_token)
         return self._flow.run(
             credential.token,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 import time
 from contextlib import closing
@@ -17,7 +18,9 @@ import requests
 from kong_token_exchange.sandbox.demo import ISSUER_ADDRESS, UPSTREAM_ADDRESSES
 from kong_token_exchange.sandbox.issuer import IssuerServer
 from kong_token_exchange.sandbox.upstream import EchoUpstream
-from tests.support.gateways import KongOnPath, free_port, kong_version
+from tests.support import gateways
+from tests.support.fakes import run_in_threads
+from tests.support.gateways import KongOnPath, free_port, kong_version, serve_command
 from tests.support.proofs import Holder
 from tests.support.stage import Stage, one_route
 from tests.unit.protocol.test_certificate import DIGEST, OTHER_PEM, PEM, PRIVATE_PEM
@@ -63,6 +66,28 @@ def test_clm_30_a_proof_is_good_for_one_request(stage: Stage) -> None:
     names = {name.lower() for name, _ in request.headers}
     assert "dpop" not in names
     assert stage.forwarded() not in (None, token)
+
+
+@pytest.mark.skipif(kong_version() is None, reason="no real Kong: no `kong` on PATH")
+def test_clm_30_a_proof_is_taken_by_one_worker_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_workers(*arguments: Any, **options: Any) -> list[str]:
+        return [*serve_command(*arguments, **options), "--workers", "3"]
+
+    monkeypatch.setattr(gateways, "serve_command", with_workers)
+    with IssuerServer() as issuers, EchoUpstream() as upstream:
+        stage = Stage(KongOnPath, issuers, upstream)
+        stage.start(one_route(proof_of_possession_dpop="optional"))
+        try:
+            token = stage.token(cnf=holder.cnf)
+            assert 200 == get(stage, token, prove(stage, token)).status_code
+            for _ in range(10):
+                proof = prove(stage, token)
+                headers = {"Authorization": f"DPoP {token}", "DPoP": proof}
+                answers = run_in_threads(functools.partial(stage.get, headers=headers), 8)
+                statuses = sorted(answer.status_code for answer in answers)
+                assert [200, *[401] * 7] == statuses
+        finally:
+            stage.gateway.stop()
 
 
 def test_clm_27_31_a_bound_token_needs_its_proof(stage: Stage) -> None:

@@ -139,6 +139,8 @@ def test_clm_27_31_a_bound_token_without_its_proof_is_refused_cached_or_not(
         error = refusal(made, TOKEN, brought, within=within)
         assert (reason, 401) == (error.reason, error.status)
     assert int(cached) == made.sender.count()
+    told = f"{made.audit.events}{made.metrics.counts}"
+    assert not [part for part in brought.proof.split(".") if part and part in told]
 
 
 def test_an_unbound_token_is_a_bearer_token_where_proofs_are_optional() -> None:

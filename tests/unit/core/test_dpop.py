@@ -262,3 +262,12 @@ def test_a_lone_key_is_read_like_one_of_a_set() -> None:
     assert parse_public_jwk(holder.jwk) is not None
     assert parse_public_jwk(PRIVATE) is None
     assert private_key("ES256", "holder") is holder.private
+
+
+def test_clm_31_a_proof_with_one_character_changed_is_refused() -> None:
+    proof = holder.prove(TOKEN)
+
+    for place, char in enumerate(proof):
+        changed = proof[:place] + ("B" if char == "A" else "A") + proof[place + 1 :]
+        with pytest.raises((ProofError, PossessionError)):
+            verify(changed)
