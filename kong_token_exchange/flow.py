@@ -647,6 +647,8 @@ class Flow:
                 # Issuer or policy took it back: the old one goes with the right to a new one.
                 self._remember_refusal(key, error)
                 self._cache.forget_exchanged(key)
+                if self._shared is not None:
+                    self._shared.forget(key)
                 raise
 
         try:

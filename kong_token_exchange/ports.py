@@ -263,6 +263,10 @@ class SharedCache(Protocol):
         """
         ...
 
+    def forget(self, key: bytes) -> None:
+        """Drop what is under *key*, because the issuer took it back; never waits, never raises."""
+        ...
+
     def close(self) -> None:
         """Close its connections; it may be used again."""
         ...

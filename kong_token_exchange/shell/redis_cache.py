@@ -81,6 +81,10 @@ class Store(Protocol):
         """Keep a value for a while."""
         ...
 
+    def delete(self, name: str) -> None:
+        """Drop a value."""
+        ...
+
     def lock(self, name: str, owner: bytes, *, life_ms: int) -> bool:
         """Take a lock that ends by itself."""
         ...
@@ -186,6 +190,19 @@ class RedisTokenCache:
             # A Redis that just failed is not given the result either.
             return exchange()[0], True
         return self._exchange(place, owner if locked else None, exchange, prove, deadline=deadline)
+
+    def forget(self, key: bytes) -> None:
+        """Have an entry dropped that the issuer took back, beside the requests; a fault leaves it there."""
+        names = self._place(key).names
+
+        def delete() -> None:
+            try:
+                for name in names:
+                    self._store.delete(name)
+            except StoreError as error:
+                self._breaker.fault(error.kind)
+
+        self._writer.start(delete)
 
     def close(self) -> None:
         """Close the connections to Redis."""

@@ -73,6 +73,7 @@ class StoreError(Exception):
 class _Client(Protocol):
     def getrange(self, key: str, start: int, end: int) -> Any: ...
     def set(self, name: str, value: bytes, *, px: int, nx: bool = ...) -> Any: ...
+    def delete(self, *names: str) -> Any: ...
     def eval(self, script: str, numkeys: int, *keys_and_args: Any) -> Any: ...
 
 
@@ -117,6 +118,16 @@ class RedisStore:
         """
         with _translated():
             self._connected().set(name, value, px=life_ms)
+
+    def delete(self, name: str) -> None:
+        """
+        Drop a value.
+
+        Raises:
+            StoreError: it may still be there.
+        """
+        with _translated():
+            self._connected().delete(name)
 
     def lock(self, name: str, owner: bytes, *, life_ms: int) -> bool:
         """

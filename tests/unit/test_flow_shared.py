@@ -9,9 +9,10 @@ import pytest
 from kong_token_exchange.errors import IssuerUnavailableError, TokenExchangeError
 from kong_token_exchange.flow import REUSE_MARGIN_S, Flow
 from kong_token_exchange.ports import ExchangedToken, NotInMemoryError
-from tests.support.fakes import form_of, token_response
+from tests.support.fakes import error_response, form_of, token_response
 from tests.support.minting import LIFETIME, NOW
 from tests.unit.test_flow import CONFIG, ENDPOINT, Bench, config_with, forger, partner, result_token, target
+from tests.unit.test_flow_refresh import SURE, Renewal
 
 
 class FakeShared:
@@ -21,6 +22,7 @@ class FakeShared:
         self.entries: dict[bytes, bytes] = {}
         self.asked: list[bytes] = []
         self.refused: list[str] = []
+        self.forgotten: list[bytes] = []
 
     def exchange_once(
         self,
@@ -38,6 +40,10 @@ class FakeShared:
                 self.refused.append(error.reason)
         exchanged, self.entries[key] = exchange()
         return exchanged, True
+
+    def forget(self, key: bytes) -> None:
+        self.forgotten.append(key)
+        self.entries.pop(key, None)
 
 
 class Node(Bench):
@@ -205,6 +211,43 @@ def test_cache_13_limits_of_this_configuration_bound_what_is_found() -> None:
 
     assert found is not None
     assert NOW + 60 - REUSE_MARGIN_S == found.reuse_until
+
+
+def test_cache_24_what_the_issuer_takes_back_is_taken_back_from_everybody() -> None:
+    shared = FakeShared()
+    it = Renewal(error_response("invalid_grant"), token_response(result_token()))
+    it.flow._shared = shared
+    it.cache._exchanged.clear()
+    it.sender.script[ENDPOINT] = [
+        token_response(result_token(exp=NOW + 900)),
+        error_response("invalid_grant"),
+    ]
+    it.sender._asked.clear()
+    it.token(it.subject)
+    assert 1 == len(shared.entries)
+
+    it.clock.advance(SURE)
+    it.hit()
+    it.refresher.run()
+
+    assert {"refused": 1} == it.renewals
+    assert shared.asked == shared.forgotten
+    assert "subject_token_refused" == it.refusal(it.subject).reason
+
+
+@pytest.mark.parametrize(
+    "answer", [IssuerUnavailableError(reason="unreachable"), token_response(result_token(jti="second"))]
+)
+def test_a_renewal_that_is_not_refused_leaves_what_is_shared(answer: Any) -> None:
+    shared = FakeShared()
+    it = Renewal(answer)
+    it.flow._shared = shared
+
+    it.clock.advance(SURE)
+    it.hit()
+    it.refresher.run()
+
+    assert [] == shared.forgotten
 
 
 def test_cache_01_11_configurations_that_differ_ask_under_other_keys() -> None:

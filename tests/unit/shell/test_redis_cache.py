@@ -69,6 +69,10 @@ class FakeStore:
         self._called("write")
         self.values[name], self.lives[name] = value, life_ms
 
+    def delete(self, name: str) -> None:
+        self._called("delete")
+        self.values.pop(name, None)
+
     def lock(self, name: str, owner: bytes, *, life_ms: int) -> bool:
         self._called("lock")
         with self._lock:
@@ -264,6 +268,29 @@ def test_rotation_reads_under_every_key_and_writes_under_the_first() -> None:
 
     assert {name_of(key=OLD), name_of(key=NEW)} == set(store.values)
     assert "found" == Node(store, keys=(OLD, NEW)).get()
+
+
+def test_cache_24_what_is_forgotten_is_gone_under_every_key() -> None:
+    store = FakeStore()
+    old, new = Node(store, keys=(OLD,)), Node(store, keys=(NEW, OLD))
+    old.get()
+    assert old.settled()
+    Node(store, keys=(NEW,)).get()
+    assert eventually(lambda: 2 == len(store.values))
+
+    new.cache.forget(ENTRY)
+
+    assert eventually(lambda: {} == store.values)
+    assert "made" == new.get()
+
+
+def test_what_cannot_be_forgotten_is_a_fault_and_no_error() -> None:
+    node = Node(FakeStore())
+    node.store.broken = "connection"
+
+    node.cache.forget(ENTRY)
+
+    assert eventually(lambda: {"connection": 1} == node.counted("shared_cache_faults"))
 
 
 # --- believing nothing ----------------------------------------------------------------

@@ -64,6 +64,15 @@ def test_what_is_no_text_is_a_value_of_nobody(redis: RedisServer, store: RedisSt
     assert b"\0" == store.read("a", limit=100)
 
 
+def test_what_was_deleted_is_gone(store: RedisStore) -> None:
+    store.write("a", b"value", life_ms=60_000)
+
+    store.delete("a")
+    store.delete("never there")
+
+    assert store.read("a", limit=100) is None
+
+
 def test_a_lock_has_one_owner_and_an_end(redis: RedisServer, store: RedisStore) -> None:
     assert store.lock("l", b"one", life_ms=60_000)
     assert not store.lock("l", b"two", life_ms=60_000)
@@ -157,6 +166,7 @@ class TestAccess:
             assert b"1" == store.read("token-exchange:{a}:1", limit=10)
             assert store.lock("token-exchange:{a}:lock", b"o", life_ms=60_000)
             store.unlock("token-exchange:{a}:lock", b"o")
+            store.delete("token-exchange:{a}:1")
             assert store.lock("token-exchange:{a}:lock", b"p", life_ms=60_000)
             assert "refused" == kind_of(store, "somebody-else")
 
