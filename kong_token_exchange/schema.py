@@ -1090,6 +1090,18 @@ _ENTITY_CHECKS: list[Json] = [
         "token_exchange.grant_type",
         {"eq": "jwt_bearer"},
     ),
+    _conditional(
+        "token_exchange.request.actor_token.source",
+        {"eq": "header"},
+        "token_exchange.request.actor_token.header_name",
+        {"required": True},
+    ),
+    _conditional(
+        "token_exchange.request.actor_token.source",
+        {"eq": "config"},
+        "token_exchange.request.actor_token.static_token",
+        {"required": True},
+    ),
     {"mutually_required": ["config.token_post_args_names", "config.token_post_args_values"]},
     {"mutually_required": ["config.token_headers_names", "config.token_headers_values"]},
 ]

@@ -211,6 +211,26 @@ def test_the_schema_takes_the_example(either: Stage) -> None:
             ("token_exchange", "result", "validation"),
             "expected one of: full, claims, none",
         ),
+        (
+            {
+                "token_exchange": {
+                    "request": {"actor_token": {"source": "header"}},
+                    "subject_token_issuers": [{"issuer": "https://a.example"}],
+                }
+            },
+            ("token_exchange", "request", "actor_token", "header_name"),
+            "required field missing",
+        ),
+        (
+            {
+                "token_exchange": {
+                    "request": {"actor_token": {"source": "config", "header_name": "X-Actor"}},
+                    "subject_token_issuers": [{"issuer": "https://a.example"}],
+                }
+            },
+            ("token_exchange", "request", "actor_token", "static_token"),
+            "required field missing",
+        ),
     ],
 )
 def test_the_schema_names_the_mistake(
@@ -224,6 +244,25 @@ def test_the_schema_names_the_mistake(
     for step in path:
         found = found[step]
     assert message in str(found)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"request": {}},
+        {"request": {"actor_token": {}}},
+        {"request": {"actor_token": {"source": "none"}}},
+        {"request": {"actor_token": {"source": "header", "header_name": "X-Actor"}}},
+        {"request": {"actor_token": {"source": "config", "static_token": "a.b.c"}}},
+    ],
+)
+def test_an_actor_token_needs_what_its_source_needs(either: Stage, members: dict[str, Any]) -> None:
+    exchange = {"subject_token_issuers": [{"issuer": "https://a.example"}], **members}
+
+    status, told = either.admin.validate(plugin_config(token_exchange=exchange))
+
+    assert 200 == status, told
 
 
 def test_the_plugin_belongs_to_no_consumer(stage: Stage) -> None:
