@@ -17,6 +17,7 @@ from kong_token_exchange.protocol.exchange import (
     GRANT_JWT_BEARER,
     GRANT_TOKEN_EXCHANGE,
     MAX_RESPONSE_BYTES,
+    ActorToken,
     ExchangeParameters,
     ExchangeResponse,
     GrantType,
@@ -269,6 +270,30 @@ UNUSABLE = {
     "scope-list": ({"scope": ["read"]}, "scope_malformed"),
     "scope-number": ({"scope": 1}, "scope_malformed"),
 }
+
+
+def test_exc_04_an_actor_token_is_sent_beside_its_type() -> None:
+    def form_with(parameters: ExchangeParameters, actor: ActorToken | None) -> list[tuple[str, str]]:
+        return form_of(
+            build_exchange_request(
+                "https://idp.test/token",
+                parameters=parameters,
+                subject_token=SUBJECT,
+                subject_token_type=ACCESS_TOKEN_TYPE,
+                actor=actor,
+            )
+        )
+
+    actor = ActorToken(token="a+b/c==&x=y", token_type="urn:x:y")
+    members = [("actor_token", "a+b/c==&x=y"), ("actor_token_type", "urn:x:y")]
+
+    sent = form_with(ExchangeParameters(), actor)
+    assert members == [member for member in sent if member[0].startswith("actor")]
+    # Neither without the other, and none where the grant knows no actor.
+    assert not [name for name, _ in form_with(ExchangeParameters(), None) if name.startswith("actor")]
+    bearer = ExchangeParameters(grant_type="jwt_bearer")
+    assert not [name for name, _ in form_with(bearer, actor) if name.startswith("actor")]
+    assert "a+b" not in repr(actor)
 
 
 @pytest.mark.parametrize(("members", "reason"), UNUSABLE.values(), ids=UNUSABLE.keys())

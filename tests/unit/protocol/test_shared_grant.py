@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kong_token_exchange.errors import NonConformingResponseError
-from kong_token_exchange.protocol.exchange import MAX_RESPONSE_BYTES, ExchangeResponse
+from kong_token_exchange.protocol.exchange import MAX_RESPONSE_BYTES, ActorToken, ExchangeResponse
 from kong_token_exchange.protocol.shared_grant import build_shared_grant, process_shared_grant
 from kong_token_exchange.secret import Secret
 from tests.support.minting import NOW
@@ -110,3 +110,13 @@ def test_what_is_longer_than_an_answer_may_be_is_refused() -> None:
 
     with pytest.raises(NonConformingResponseError):
         read(data + b" " * (MAX_RESPONSE_BYTES + 1 - len(data)))
+
+
+def test_exc_20_the_actor_token_is_no_result_here_either() -> None:
+    data = build_shared_grant(response(access_token=Secret("actor")), sent_at=NOW)
+
+    with pytest.raises(NonConformingResponseError) as caught:
+        read(data, actor=ActorToken(token="actor", token_type=TYPE))
+
+    assert "actor_token_echoed" == caught.value.reason
+    assert "actor" == read(data)[0].access_token.reveal()
