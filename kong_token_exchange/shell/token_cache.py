@@ -176,6 +176,9 @@ class MemoryTokenCache:
         with self._lock:
             if key in self._flights or self._exchanged.get(key) is not old:
                 return None
+            # It waited for a thread too long: whoever needs a new one asks, with a token that is good now.
+            if not _is_fresh(old, self._clock.now(), self._clock.monotonic()):
+                return None
             self._flights[key] = Future()
         return self._fly(key, exchange, store=True)
 

@@ -241,6 +241,21 @@ def test_res_04_where_there_is_no_place_the_token_is_renewed_later() -> None:
     assert {"no_place": 1, "renewed": 1} == it.renewals
 
 
+@pytest.mark.parametrize("move", ["wall", "both"])
+def test_a_renewal_that_comes_too_late_asks_nobody(move: str) -> None:
+    it = Renewal(renewed())
+    it.clock.advance(SURE)
+    it.hit()
+    if move == "wall":
+        it.clock.step_wall(LIFE - SURE)
+    else:
+        it.clock.advance(LIFE - SURE)
+
+    it.refresher.run()
+    assert ({"not_needed": 1}, 1) == (it.renewals, it.exchanges)
+    assert "miss" == it.run(it.subject).cache
+
+
 def test_a_renewal_of_what_is_gone_asks_nobody() -> None:
     it = Renewal(renewed())
     it.clock.advance(SURE)
