@@ -226,7 +226,7 @@ def test_another_token_does_not_wait_for_the_crowd(tmp_path: Path) -> None:
     assert not upstream(ends[:100]) & upstream(ends[100:])
 
 
-def test_warm_requests_are_answered_while_a_crowd_waits_with_every_thread_taken(tmp_path: Path) -> None:
+def test_gw_08_warm_requests_are_answered_while_crowds_wait_with_every_thread_taken(tmp_path: Path) -> None:
     known = minted(jti="known")
     with Stage(tmp_path) as stage:
         stage.ask(known)
