@@ -353,6 +353,8 @@ class _Reader:
         return value
 
     def _read_number(self, field: Field, value: object, path: str) -> int | float:
+        if field.referenceable and isinstance(value, str):
+            value = self._read_referenced_number(field, value, path)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(path, "must be a number")
         if isinstance(value, float) and not math.isfinite(value):
@@ -364,6 +366,13 @@ class _Reader:
         if field.between is not None and not field.between[0] <= value <= field.between[1]:
             raise ConfigError(path, f"must be from {field.between[0]} to {field.between[1]}")
         return value
+
+    def _read_referenced_number(self, field: Field, value: str, path: str) -> object:
+        """Return the number that a vault holds as text; a reference that may stand counts as the default."""
+        text = self._read_string(field, value, path)
+        if _is_reference(text):
+            return field.default
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
 
     def _read_array(self, field: Field, value: object, path: str) -> list[Any] | None:
         if not isinstance(value, list | tuple) or field.elements is None:

@@ -160,6 +160,18 @@ def test_references_stand_where_kong_allows_them() -> None:
     assert shared.shared_cache is not None
 
 
+def test_a_port_out_of_a_vault_is_a_number_as_text() -> None:
+    told = load(port="6380").shared_cache
+    reference = load(port="{vault://env/port}").shared_cache
+
+    assert told is not None
+    assert reference is not None
+    assert (6380, 6379) == (told.redis.port, reference.redis.port)
+    for wrong in ("", "six", "65536", "-1", "6380.0", "٦٣٨٠", "9" * 30):
+        assert "cluster_cache_redis.port" == mistake(port=wrong).path
+    assert "cluster_cache_redis.database" == mistake(database="1").path
+
+
 def test_an_unencrypted_password_on_the_network_is_warned_of() -> None:
     assert any("cluster_cache_redis.ssl" in text for text in load(host="redis", password="p").warnings)
     assert not any("cluster_cache_redis.ssl" in text for text in load(password="p").warnings)
