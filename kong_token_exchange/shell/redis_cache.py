@@ -50,6 +50,9 @@ MAX_WAITING = 64
 # Entries that may wait to be written, each at most 64 KB.
 MAX_UNWRITTEN = 256
 
+# What a look-up may take that nobody waits for any more; each timeout in it is of one read alone.
+LONGEST_LOOK_S = 1.0
+
 FAILURES = 3
 OPEN_FOR_S = 2.0
 
@@ -254,7 +257,8 @@ class RedisTokenCache:
             seen = answer.result(min(self._timeout_s, time_left_s))
         except FutureTimeoutError:
             asking.given_up = True
-            answer.cancel()
+            if not answer.cancel():
+                self._end_later(answer)
             # Who comes with little time left says nothing of Redis.
             if time_left_s >= self._timeout_s:
                 self._breaker.fault("timeout")
@@ -264,6 +268,17 @@ class RedisTokenCache:
             return None
         self._breaker.success()
         return seen
+
+    def _end_later(self, answer: Future[_Seen]) -> None:
+        """Close the connections where a look-up that nobody waits for goes on, as a dripping answer would."""
+
+        def end() -> None:
+            if not answer.done():
+                self._store.drop()
+
+        timer = threading.Timer(LONGEST_LOOK_S, end)
+        timer.daemon = True
+        timer.start()
 
     def _ask(self, asking: _Asking) -> _Seen:
         """Run in a helper thread: read, lock, and read again what came between the two."""

@@ -18,6 +18,7 @@ from kong_token_exchange.errors import (
 )
 from kong_token_exchange.ports import ExchangedToken
 from kong_token_exchange.secret import Secret
+from kong_token_exchange.shell import redis_cache
 from kong_token_exchange.shell.redis_cache import (
     FAILURES,
     MAX_WAIT_S,
@@ -438,6 +439,19 @@ def test_res_a_probe_of_a_frozen_redis_holds_nobody_up() -> None:
         # With the patience of the look-up these would take minutes.
         for number in range(5):
             assert "made" == node.get(bytes([number]) * 32)
+
+
+def test_fault_62_a_look_up_that_drips_on_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_cache, "LONGEST_LOOK_S", 0.02)
+    node = Node(FakeStore(), timeout_s=0.02)
+
+    node.get(OTHER)
+    assert node.settled()
+    with node.store.frozen():
+        assert "made" == node.get()
+        assert eventually(lambda: 1 == node.store.dropped)
+
+    assert {} == node.counted("shared_cache_breaker")
 
 
 def test_who_comes_with_little_time_says_nothing_of_redis() -> None:
