@@ -81,13 +81,19 @@ def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel and the sdist, by the build backend that pyproject.toml names."""
+def builder(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with the build backend that pyproject.toml names."""
     folder = tmp_path_factory.mktemp("build") / "venv"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "-c", clone / "constraints.txt", "hatchling")
-    run(python, "-m", "hatchling", "build", cwd=clone)
+    return python
+
+
+@pytest.fixture(scope="module")
+def built(clone: Path, builder: Path) -> dict[str, Path]:
+    """The wheel and the sdist."""
+    run(builder, "-m", "hatchling", "build", cwd=clone)
     (wheel,) = (clone / "dist").glob("*.whl")
     (sdist,) = (clone / "dist").glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
@@ -117,6 +123,19 @@ def test_the_wheel_holds_the_package_alone_and_its_types(built: dict[str, Path])
     tops = {name.partition("/")[0] for name in names}
     assert {"kong_token_exchange"} == {top for top in tops if not top.endswith(".dist-info")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_build_can_be_repeated_byte_by_byte(
+    built: dict[str, Path], builder: Path, clone: Path, tmp_path: Path
+) -> None:
+    # Another place, and files of another moment.
+    again = tmp_path / "elsewhere"
+    shutil.copytree(clone, again, ignore=shutil.ignore_patterns("dist"), copy_function=shutil.copy)
+
+    run(builder, "-m", "hatchling", "build", cwd=again)
+
+    for archive in built.values():
+        assert archive.read_bytes() == (again / "dist" / archive.name).read_bytes()
 
 
 def test_the_sdist_can_be_built_again(built: dict[str, Path]) -> None:
