@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.support.containers import KongContainers
 from tests.support.gateways import SandboxBackend, plugin_server_pids, wait_until
@@ -144,7 +145,7 @@ def test_fault_96_a_secret_in_a_file_is_rotated_while_requests_flow(
     assert "rotated" not in stage.gateway.logs()
 
 
-def test_a_token_in_the_query_is_exchanged_and_removed(stage: Stage) -> None:
+def test_out_07_a_token_in_the_query_is_exchanged_and_removed(stage: Stage) -> None:
     stage.start(one_route(bearer_token_param_type=["query"]))
     token = stage.token()
 
@@ -155,7 +156,7 @@ def test_a_token_in_the_query_is_exchanged_and_removed(stage: Stage) -> None:
     assert "client-2" == answer.json()["claims"]["azp"]
 
 
-def test_a_token_in_a_cookie_is_exchanged_and_removed(stage: Stage) -> None:
+def test_out_07_a_token_in_a_cookie_is_exchanged_and_removed(stage: Stage) -> None:
     stage.start(one_route(bearer_token_param_type=["cookie"], bearer_token_cookie_name="session"))
     token = stage.token()
 
@@ -167,7 +168,7 @@ def test_a_token_in_a_cookie_is_exchanged_and_removed(stage: Stage) -> None:
     assert token not in answer.text
 
 
-def test_another_upstream_header_takes_the_result_and_the_credential_goes(stage: Stage) -> None:
+def test_out_01_02_another_upstream_header_takes_the_result_and_the_credential_goes(stage: Stage) -> None:
     stage.start(one_route(upstream_access_token_header="x-api-token"))
     token = stage.token()
 
@@ -179,6 +180,46 @@ def test_another_upstream_header_takes_the_result_and_the_credential_goes(stage:
     assert "authorization" not in headers
     assert "x_api_token" not in headers
     assert token not in answer.text
+
+
+def test_out_10_a_preflight_passes_on_request_alone_and_without_a_credential(stage: Stage) -> None:
+    stage.start(one_route(run_on_preflight=False))
+    token = stage.token()
+    headers = {"Authorization": f"Bearer {token}", "Origin": "https://app.example.com"}
+
+    answer = requests.options(f"{stage.gateway.url}/orders", headers=headers, timeout=30)
+
+    assert (200, 1) == (answer.status_code, stage.upstream.hits)
+    request = stage.upstream.log.last()
+    assert request is not None
+    assert "authorization" not in {name.lower() for name, _ in request.headers}
+    assert token not in answer.text
+    assert 401 == stage.get().status_code
+
+
+def test_out_13_14_17_a_refusal_is_made_of_constants_and_kept_by_nobody(stage: Stage) -> None:
+    stage.start(one_route(scopes_required=["MARKED-by-us"]))
+    forged = stage.token(header={"kid": "MARKED-kid"})
+
+    refused = [
+        (401, stage.get(token=forged)),
+        (401, stage.get(token=stage.token(iss="https://MARKED.example.com"))),
+        (400, stage.get(headers={"Authorization": "Bearer MARKED,"})),
+        (401, stage.get(headers={"Authorization": "MARKED a"})),
+        (403, stage.get(token=stage.token())),
+    ]
+
+    assert [status for status, _ in refused] == [answer.status_code for _, answer in refused]
+    for status, answer in refused:
+        assert {"error", "error_description"} == set(answer.json())
+        assert "MARKED" not in answer.text
+        assert "no-store" == answer.headers["Cache-Control"]
+        # A scope that is asked for is ours to tell.
+        assert (status == 403) == ('scope="MARKED-by-us"' in answer.headers["WWW-Authenticate"])
+        told = answer.headers["WWW-Authenticate"].replace('scope="MARKED-by-us"', "")
+        assert "MARKED" not in told
+        assert told.startswith('Bearer realm="kong"')
+    assert 0 == stage.upstream.hits
 
 
 def test_hdr_11_two_places_are_a_bad_request(stage: Stage) -> None:

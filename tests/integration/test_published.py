@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import requests
 
 from tests.support.stage import Stage, one_route
 
@@ -26,6 +27,8 @@ def test_a_caller_finds_out_where_tokens_come_from(stage: Stage) -> None:
     assert f'resource_metadata="{url}"' in refused.headers["WWW-Authenticate"]
     assert metadata == {name: document.json()[name] for name in metadata}
     assert "application/json" == document.headers["Content-Type"].partition(";")[0]
+    head = requests.head(stage.gateway.url + path, timeout=30)
+    assert (200, b"") == (head.status_code, head.content)
     assert 401 == stage.get(f"{path}/..").status_code
     assert 401 == stage.get(f"{path}x").status_code
     assert 0 == stage.upstream.hits
