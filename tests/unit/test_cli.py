@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from kong_token_exchange import wiring
 from kong_token_exchange.cli import main
+from kong_token_exchange.pluginserver import supervisor
+from kong_token_exchange.shell import log_queue, report
 from tests.support.gateways import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,3 +121,48 @@ def test_describe_lua_prints_the_schema_and_writes_a_folder_for_a_control_plane(
     assert {"schema.lua", "handler.lua"} == {file.name for file in folder.iterdir()}
     assert printed == (folder / "schema.lua").read_text(encoding="utf-8")
     assert "kong.response.exit(500" in (folder / "handler.lua").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--cache-size", "--cache-entries"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_serve_refuses_a_cache_without_room(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--socket", "/nowhere", option, value])
+
+    assert 2 == caught.value.code
+    assert option in capsys.readouterr().err
+
+
+def test_cache_17_the_bounds_of_the_cache_are_those_that_serve_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Any] = []
+
+    def serve_workers(make_plugin: Any, **_: Any) -> int:
+        monkeypatch.setattr(wiring.Shells, "make_plugin", lambda shells, **_: made.append(shells))
+        make_plugin()
+        return 0
+
+    monkeypatch.setattr(supervisor, "serve_workers", serve_workers)
+    monkeypatch.setattr(report, "report_on_signal", lambda _: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(log_queue, "queue_log_lines", lambda _: SimpleNamespace(stop=None))
+    monkeypatch.setattr(atexit, "register", lambda stop: stop)
+    socket = str(tmp_path / "s")
+    assert 0 == main(["serve", "--socket", socket])
+    assert 0 == main(["serve", "--socket", socket, "--cache-size", "3", "--cache-entries", "7"])
+
+    parts = [(part._max_entries, part.maxsize) for shells in made for part in _parts(shells.cache)]
+    assert [(10_000, 64 * 2**20)] * 2 + [(7, 3 * 2**19)] * 2 == parts
+
+
+def _parts(cache: Any) -> tuple[Any, Any]:
+    return cache._verified, cache._exchanged
+
+
+@pytest.mark.parametrize("bounds", [{"cache_entries": 0}, {"cache_bytes": 0}])
+def test_a_cache_without_room_is_a_mistake(bounds: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="room"):
+        wiring.Shells(**bounds)
