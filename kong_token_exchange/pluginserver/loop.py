@@ -60,7 +60,8 @@ MAX_UNSENT_BYTES = 8 * 1024 * 1024
 
 _ACCEPTS_PER_WAKE = 64
 
-# Parked events that land in one round, by number and by time: what is warm goes on in between.
+# Parked events that land in one round, by number and by time, and deadlines that pass in it: what is
+# warm goes on in between.
 SLICE_EVENTS = 64
 SLICE_S = 0.001
 
@@ -530,8 +531,11 @@ class Loop:
         deadlines, lingering = self._deadlines, self._lingering
         if self._parking.is_landing:
             self._land()
+        slice_end = now + SLICE_S
         while deadlines and (deadlines[0][2].ended or deadlines[0][0] <= now):
             self._expire(heapq.heappop(deadlines)[2], now)
+            if self._clock() >= slice_end:
+                break
         while lingering and (lingering[0][0] <= now or lingering[0][1].connection.state is State.DEAD):
             peer = lingering.popleft()[1]
             if peer.unsent:

@@ -509,6 +509,20 @@ def test_parked_event_ends_with_its_own_deadline_counted_from_its_arrival(desk: 
     assert 504 == owner.ended[0]
 
 
+def test_many_deadlines_at_once_are_taken_in_slices(desk: Desk) -> None:
+    def slow(facts: Facts) -> Outcome:
+        desk.time += 0.002
+        return OVERDUE
+
+    desk.instance("a").overdue = slow  # type: ignore[method-assign]
+    _, (_, *waiting) = desk.crowd(6)
+    desk.time += PATIENCE_S
+    for number in range(1, 6):
+        desk.step()
+        assert number == sum(event.ended is not None for event in waiting)
+        assert number == 5 or desk.loop._timeout() == 0
+
+
 def test_patience_ends_with_the_servers_deadline_at_the_latest(desk: Desk) -> None:
     desk.instance("a").within_s = 10 * DEADLINE_S
     _, (_, waiting) = desk.crowd(2)
