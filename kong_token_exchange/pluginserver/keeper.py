@@ -36,6 +36,19 @@ _SIGNALS = (*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD)
 _REPLACED = b"worker process is shutting down"
 
 
+# Of this process, if it has one.
+_keepers: list[int] = []
+
+
+def keeper_pid() -> int | None:
+    """
+    Return the id of this process's keeper; None without one.
+
+    It may be dead already, and another process the parent: that is for the caller to notice.
+    """
+    return _keepers[-1] if _keepers else None
+
+
 def keep() -> None:
     """
     Go on in a child process; what was this process waits for it and never returns.
@@ -45,13 +58,14 @@ def keep() -> None:
     Raises:
         OSError: no process can be made.
     """
-    parent = os.getppid()
+    parent, own = os.getppid(), os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # From here on until it is waited for: a signal in between is not lost.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     child = os.fork()
     if child:
         _become_keeper(child, parent)
+    _keepers.append(own)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -27,6 +27,7 @@ from kong_token_exchange.pluginserver.connection import Host, Limits
 from kong_token_exchange.pluginserver.contract import Outcome, PluginType
 from kong_token_exchange.pluginserver.faults import FaultLog, Faults, make_faults
 from kong_token_exchange.pluginserver.instances import InstanceRegistry, LocalInstances
+from kong_token_exchange.pluginserver.keeper import keeper_pid
 from kong_token_exchange.pluginserver.loop import DEFAULT_DEADLINE_S, Loop
 from kong_token_exchange.pluginserver.offload import DEFAULT_QUEUE_FACTOR, DEFAULT_THREADS, Pool, Post
 from kong_token_exchange.pluginserver.parent import Handover, Parent
@@ -205,7 +206,7 @@ def serve(
     Raises:
         OSError, ValueError: the path cannot be bound, a number makes no sense.
     """
-    parent = Parent()
+    parent = Parent(keeper_pid())
     raise_descriptor_limit()
     # First, since numbers that make no sense must not cost a running server its path.
     loop = make_loop(plugin, threads=threads, queue_limit=queue_limit, deadline_s=deadline_s, faults=faults)

@@ -40,6 +40,7 @@ from kong_token_exchange.pluginserver.connection import Host
 from kong_token_exchange.pluginserver.contract import PluginType
 from kong_token_exchange.pluginserver.faults import FaultLog, Faults
 from kong_token_exchange.pluginserver.journal import Journal, JournalInstances
+from kong_token_exchange.pluginserver.keeper import keeper_pid
 from kong_token_exchange.pluginserver.loop import DEFAULT_DEADLINE_S, DRAIN_S, Loop, Peer
 from kong_token_exchange.pluginserver.offload import DEFAULT_THREADS
 from kong_token_exchange.pluginserver.parent import Handover, Parent
@@ -152,7 +153,7 @@ def serve_workers(
         "deadline_s": deadline_s,
         "faults": faults,
     }
-    parent = Parent()
+    parent = Parent(keeper_pid())
     if workers == 1:
         plugin = make_plugin()
         if exit_with_parent and parent.is_gone():

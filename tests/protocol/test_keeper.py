@@ -118,6 +118,39 @@ def test_killed_keeper_leaves_the_server_alone(start: Callable[..., Kept], tmp_p
     assert "orphaned\n" == kept.line()
 
 
+# A server that is slow to start, and whose keeper dies meanwhile.
+ORPHAN = """
+import os, signal, sys, time
+from kong_token_exchange.pluginserver import keeper
+from kong_token_exchange.pluginserver.supervisor import serve_workers
+from tests.support.plugins import Plugin
+
+keeper.keep()
+assert os.getppid() == keeper.keeper_pid()
+os.kill(keeper.keeper_pid(), signal.SIGKILL)
+while os.getppid() == keeper.keeper_pid():
+    time.sleep(0.01)
+status = serve_workers(Plugin, workers=int(sys.argv[2]), socket_path=sys.argv[1], exit_with_parent=True)
+print("ended", status, os.path.exists(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_keeper_that_dies_before_the_server_serves_is_missed_all_the_same(
+    tmp_path: Path, workers: str
+) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tmp_path / "s"), workers]
+    # Its output ends with the last of its processes.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=30, check=False)
+
+    assert -signal.SIGKILL == done.returncode
+    assert "ended 0 False\n" == done.stdout
+
+
+def test_process_without_a_keeper_says_so() -> None:
+    assert keeper.keeper_pid() is None
+
+
 class EndOfProcessError(BaseException):
     """In place of what ends or replaces a process."""
 
