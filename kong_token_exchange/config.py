@@ -1295,7 +1295,11 @@ def _build_certificate_header(members: Members, facts: Members) -> CertificateHe
     name = record["certificate_header_name"].lower()
     at += ".certificate_header_name"
     _check_header_name(name, at)
-    others = (members["bearer_token_header_name"], members["upstream_access_token_header"].partition(":")[0])
+    others = (
+        members["bearer_token_header_name"],
+        members["upstream_access_token_header"].partition(":")[0],
+        members["token_exchange"]["request"]["actor_token"]["header_name"],
+    )
     if name in _RESERVED_HEADERS | {"dpop"} or name in {other.lower() for other in others if other}:
         raise ConfigError(at, "cannot be this header")
     return CertificateHeader(

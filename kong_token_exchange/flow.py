@@ -47,6 +47,7 @@ from kong_token_exchange.core.possession import (
     Evidence,
     check_certificate,
     check_scheme,
+    proven_members,
     required_confirmation,
 )
 from kong_token_exchange.errors import (
@@ -916,6 +917,8 @@ class Flow:
         facts = self._result_facts(
             result.relation, result.subject, result.actor, result.exchanged, result.notes
         )
+        if self._possession is not None and result.subject.sender_constrained:
+            facts["proven"] = proven_members(result.subject)
         self._audit.record(
             AuditEvent(outcome=result.decision, reason=result.relation, status=200, facts=self._facts(facts))
         )

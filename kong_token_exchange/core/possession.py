@@ -77,6 +77,12 @@ def required_confirmation(claims: Claims, *, policy: PossessionPolicy) -> Confir
     return bound
 
 
+def proven_members(claims: Claims) -> str:
+    """Name what a token is bound to, for the audit of one that was accepted: `jkt`, `x5t#S256` or both."""
+    cnf = claims.members.get("cnf")
+    return ",".join(sorted(cnf)) if isinstance(cnf, dict) else ""
+
+
 def check_scheme(evidence: Evidence, *, bound: Confirmation) -> None:
     """
     Require `DPoP` for a token that is bound to a key, and `Bearer` for any other.

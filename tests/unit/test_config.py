@@ -1343,6 +1343,13 @@ def test_a_certificate_in_a_header_comes_from_trusted_addresses() -> None:
             {f"{FROM_HEADER}.certificate_header_name": "x-in", "bearer_token_header_name": "X-In"},
             f"{FROM_HEADER}.certificate_header_name",
         ),
+        (
+            {
+                f"{FROM_HEADER}.certificate_header_name": "x-actor",
+                "token_exchange.request.actor_token": {"source": "header", "header_name": "X-Actor"},
+            },
+            f"{FROM_HEADER}.certificate_header_name",
+        ),
         *(
             ({f"{FROM_HEADER}.{name}": value}, f"{FROM_HEADER}.{name}")
             for name, value in {

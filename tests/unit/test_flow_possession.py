@@ -248,3 +248,13 @@ def test_a_token_that_is_bound_to_both_needs_both() -> None:
     ):
         assert reason == refusal(made, token, brought).reason
     assert made.run(token, evidence=evidence(holder.prove(token), x5t_s256=DIGEST))
+
+
+def test_the_audit_says_what_was_proven() -> None:
+    made = by_certificate(proof_of_possession_dpop="optional")
+    both = target.mint(aud="gateway", cnf={**holder.cnf, "x5t#S256": DIGEST})
+    made.run(PLAIN)
+    made.run(CERTIFIED, evidence=Evidence(x5t_s256=DIGEST))
+    made.run(both, evidence=evidence(holder.prove(both), x5t_s256=DIGEST))
+
+    assert [None, "x5t#S256", "jkt,x5t#S256"] == [event.facts.get("proven") for event in made.audit.events]
