@@ -90,6 +90,7 @@ class RedisStore:
         self._policy = policy
         self._context = context
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._client: _Client | None = None
 
     def read(self, name: str, *, limit: int) -> bytes | None:
@@ -159,11 +160,15 @@ class RedisStore:
 
     def _connected(self) -> _Client:
         client = self._client
-        if client is None:
-            # A cluster's client asks for the nodes when it is made; not under the lock, which `drop` needs.
-            made = make_client(self._policy, self._context)
-            with self._lock:
-                client = self._client = self._client or made
+        if client is not None:
+            return client
+        # A cluster's client asks for the nodes when it is made: one thread does, and `drop` waits for none.
+        with self._making:
+            client = self._client
+            if client is None:
+                client = make_client(self._policy, self._context)
+                with self._lock:
+                    self._client = client
         return client
 
 

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis, RedisCluster
 from redis.sentinel import SentinelConnectionPool
 
+from kong_token_exchange.shell import redis_store
 from kong_token_exchange.shell.redis_store import RedisStore, StoreError, make_client, make_context
 from tests.chaos.certificates import Authority
 from tests.support.fakes import PATIENCE_S, run_in_threads
@@ -93,6 +95,22 @@ def test_many_threads_share_it(store: RedisStore) -> None:
     store.write("a", b"value", life_ms=60_000)
 
     assert [b"value"] * 8 == run_in_threads(lambda: store.read("a", limit=100), 8)
+
+
+def test_threads_that_come_at_once_make_one_client(
+    redis: RedisServer, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(*arguments: Any) -> Any:
+        made.append(make_client(*arguments))
+        assert not eventually(lambda: len(made) > 1, within=0.2)
+        return made[-1]
+
+    monkeypatch.setattr(redis_store, "make_client", make)
+
+    assert [None] * 4 == run_in_threads(lambda: store.read("a", limit=1), 4)
+    assert 1 == len(made)
 
 
 def test_a_server_that_is_gone_is_a_fault_and_may_come_back() -> None:
