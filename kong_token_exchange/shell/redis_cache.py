@@ -53,6 +53,9 @@ MAX_UNWRITTEN = 256
 # What a look-up may take that nobody waits for any more; each timeout in it is of one read alone.
 LONGEST_LOOK_S = 1.0
 
+# After this time without work a helper thread ends, seconds.
+IDLE_S = 30.0
+
 FAILURES = 3
 OPEN_FOR_S = 2.0
 
@@ -473,7 +476,8 @@ class _Helpers:
     """
     A few daemon threads and a bounded queue: whoever asks waits no longer than it wants to.
 
-    Started at the first use, which is after any fork.
+    Started when needed, which is after any fork, and gone when idle: a configuration that is replaced
+    leaves none behind.
     """
 
     def __init__(self, name: str, count: int, backlog: int) -> None:
@@ -500,15 +504,25 @@ class _Helpers:
             self._work.put_nowait(run)
         except queue.Full:
             return None
-        self._start_threads()
+        self._start_thread()
         return done
 
-    def _start_threads(self) -> None:
+    def _start_thread(self) -> None:
         with self._lock:
-            missing, self._missing = self._missing, 0
-        for number in range(missing):
-            threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True).start()
+            if self._missing == 0:
+                return
+            self._missing -= 1
+        threading.Thread(target=self._serve, name=self._name, daemon=True).start()
 
     def _serve(self) -> None:
         while True:
-            self._work.get()()
+            try:
+                work = self._work.get(timeout=IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    # Whoever puts something in from here on starts a thread for it.
+                    if self._work.empty():
+                        self._missing += 1
+                        return
+            else:
+                work()

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -28,7 +27,6 @@ from kong_token_exchange.shell.redis_cache import (
 )
 from kong_token_exchange.shell.redis_store import StoreError
 from tests.support.fakes import PATIENCE_S, FakeClock, FakeMetrics, run_in_threads
-from tests.support.minting import NOW
 from tests.support.redis_server import eventually
 
 OLD, NEW = Secret("an old secret of thirty-two bytes"), Secret("a new secret of thirty-two bytes.")
@@ -719,19 +717,29 @@ def test_faults_are_logged_once_and_name_nothing(caplog: pytest.LogCaptureFixtur
     )
 
 
-def test_threads_are_started_by_the_first_use_alone() -> None:
+def mine() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shared-cache")]
+
+
+def test_threads_are_started_when_needed_and_no_more_than_so_many() -> None:
+    before = set(mine())
     node = Node(FakeStore())
+    assert before == set(mine())
 
-    def mine() -> list[Any]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith("shared-cache")]
-
-    before = len(mine())
-    assert READERS == node.cache._readers._missing
-
-    node.get()
+    for number in range(3 * READERS):
+        node.get(bytes([number]) * 32)
 
     assert node.settled()
-    assert before + READERS + 1 == len(mine())
-    node.get(OTHER)
-    assert before + READERS + 1 == len(mine())
-    assert NOW == node.clock.now()
+    assert READERS + 1 == len(set(mine()) - before)
+
+
+def test_threads_end_when_idle_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_cache, "IDLE_S", 0.01)
+    before = set(mine())
+    node = Node(FakeStore())
+
+    for number in range(20):
+        assert "made" == node.get(bytes([number]) * 32)
+        assert eventually(lambda number=number: number + 1 == len(node.store.values))
+        if number % 5 == 0:
+            assert eventually(lambda: set() == set(mine()) - before)
