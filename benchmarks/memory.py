@@ -141,7 +141,7 @@ def flood(tokens: int, mib: int, entries: int) -> Figures:
     now = int(shells.clock.now())
     issuer = _Issuer(now)
     flow = shells.make_flow(load_config(_CONFIG))
-    flow._sender = flow._keys = issuer
+    flow._sender = flow._keys = flow._verifier._keys = issuer
     instance: Any = TokenExchangePlugin(lambda _: flow, shells.clock).start(_CONFIG)
     header_at = [fetch.argument for fetch in instance.prefetch].index("authorization")
 

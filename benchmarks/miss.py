@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import requests
@@ -32,9 +33,9 @@ import urllib3
 
 from benchmarks.machine import describe
 from benchmarks.stub_issuer import KEYS_PATH, SLOW_PATH, TOKEN_PATH, StubIssuer, StubSettings, token_answer
-from kong_token_exchange import flow as flow_module
 from kong_token_exchange.config import load_config
-from kong_token_exchange.flow import Flow
+from kong_token_exchange.flow import Flow, pipeline, verification
+from kong_token_exchange.flow import result as proving
 from kong_token_exchange.ports import NotInMemoryError
 from kong_token_exchange.protocol.http_message import HttpRequest
 from kong_token_exchange.sandbox.issuer import SigningKey, encode_jws
@@ -179,46 +180,26 @@ class Stopwatch:
 
 @contextmanager
 def _timed(flow: Flow, watch: Stopwatch) -> Iterator[None]:
-    """Time the parts of *flow*; a signature check belongs to the part that asks for it."""
-    inside = ["subject"]
-    verify, build = flow_module.verify_signature, flow_module.build_exchange_request
-    subject, result = flow._verified_subject, flow._prove_result
-
-    def enter(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        timed = watch.wrap(part, function)
-
-        def entered(*args: Any, **kwargs: Any) -> Any:
-            inside.append(part)
-            try:
-                return timed(*args, **kwargs)
-            finally:
-                inside.pop()
-
-        return entered
-
-    def verified(*args: Any, **kwargs: Any) -> Any:
-        return watch.wrap(f"{inside[-1]} signature", verify)(*args, **kwargs)
-
-    changed: Any = flow
-    authentication, sender = flow_module._client_authentication, flow._sender
+    """Time the parts of *flow*."""
+    verifier, proof, sender = flow._verifier, flow._proof, flow._sender
+    authentication = pipeline._client_authentication
 
     def authenticated(*args: Any) -> Callable[..., Any]:
         return watch.wrap("request", watch.wrap("request", authentication)(*args))
 
-    changed._verified_subject = enter("subject", subject)
-    changed._prove_result = enter("result", result)
-    changed._sender = _TimedSender(watch.wrap("client", sender.send))
-    module: Any = flow_module
-    module.verify_signature = verified
-    module.build_exchange_request = watch.wrap("request", build)
-    module._client_authentication = authenticated
-    try:
+    with ExitStack() as stack:
+
+        def put(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+
+        put(verifier, "subject", watch.wrap("subject", verifier.subject))
+        put(verification, "verify_signature", watch.wrap("subject signature", verification.verify_signature))
+        put(pipeline, "build_exchange_request", watch.wrap("request", pipeline.build_exchange_request))
+        put(pipeline, "_client_authentication", authenticated)
+        put(flow, "_sender", _TimedSender(watch.wrap("client", sender.send)))
+        put(proof, "prove", watch.wrap("result", proof.prove))
+        put(proving, "verify_signature", watch.wrap("result signature", proving.verify_signature))
         yield
-    finally:
-        module.verify_signature, module.build_exchange_request = verify, build
-        module._client_authentication = authentication
-        del changed._verified_subject, changed._prove_result
-        changed._sender = sender
 
 
 @dataclass

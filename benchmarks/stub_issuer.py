@@ -107,9 +107,10 @@ def _talk(sock: socket.socket, tls: ssl.SSLContext | None, settings: StubSetting
             began = time.perf_counter()
             if path == SLOW_PATH:
                 time.sleep(settings.delay_s)
-            sock.sendall(answers[path])
             if path != KEYS_PATH:
+                # Before it is sent: who has the answer must find its time, too.
                 served.seconds.append(time.perf_counter() - began)
+            sock.sendall(answers[path])
 
 
 def _read_request(sock: socket.socket) -> str | None:

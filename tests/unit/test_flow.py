@@ -1827,7 +1827,7 @@ def test_marks_in_tokens_secrets_and_answers_are_told_to_nobody(
         },
     )
     it = Bench(raw, answer())
-    it.flow._audit = AuditLog(it.clock)
+    it.flow._recorder._audit = AuditLog(it.clock)
     tokens = [
         target.mint(aud="gateway", sub=MARK, email=MARK, jti=MARK),
         partner.mint(sub=MARK, email=MARK),

@@ -37,7 +37,8 @@ class Spray:
         self.sender.script[JWKS] = [GOOD_SET, *later]
         self.flow = bench.flow
         # In the place of the fake: the real one, over the same sender.
-        self.flow._keys = IssuerKeySource(self.sender, self.clock, submit=lambda fetch: fetch())
+        keys = IssuerKeySource(self.sender, self.clock, submit=lambda fetch: fetch())
+        self.flow._keys = self.flow._verifier._keys = keys
         self.outcomes: Counter[str] = Counter()
         self.good = 0
 
