@@ -8,6 +8,7 @@ ARG KONG_IMAGE=kong:3.9
 
 FROM ${KONG_IMAGE} AS build
 USER root
+# kong:3.9 stands on Ubuntu 24.04 (github.com/Kong/docker-kong), whose Python is 3.12.
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG SOURCE_DATE_EPOCH=1735689600
