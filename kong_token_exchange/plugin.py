@@ -478,6 +478,7 @@ def _evidence_readers(config: PluginConfig) -> list[tuple[Fetch, str]]:
                 (Fetch("kong.request.get_forwarded_host"), "host"),
                 (Fetch("kong.request.get_forwarded_port"), "port"),
                 (Fetch("kong.nginx.get_var", "http_host"), "authority"),
+                (Fetch("kong.request.get_host"), "addressed"),
             ]
     if config.certificate_header is not None:
         readers += [
@@ -500,6 +501,7 @@ def _evidence(config: PluginConfig, scheme: Literal["bearer", "dpop"], facts: Ma
             host=facts["host"],
             port=str(facts["port"]),
             authority=facts["authority"],
+            addressed=facts["addressed"],
         )
         origins = frozenset() if origin is None else frozenset({origin})
     return Evidence(

@@ -48,23 +48,34 @@ def normalise_origin(scheme: str, host: str, port: int | None) -> str | None:
     return f"{scheme}://{host.lower()}:{number}" if 0 < number <= _MAX_PORT else None
 
 
-def request_origin(*, scheme: str, host: str, port: str, authority: str) -> str | None:
+def request_origin(*, scheme: str, host: str, port: str, authority: str, addressed: str) -> str | None:
     """
-    Return the origin of a request as its client sees it.
+    Return the origin of a request as its client sees it; None where the request names two hosts.
 
     The port is the client's own word, in its `Host` header: the one that the gateway listens on
     means nothing behind a balancer. Only where a trusted proxy names another host, its port counts.
+    A host that is in the request line alone counts for nothing, because Kong chooses the route by the
+    header.
 
     Args:
         scheme: As Kong sees it, a trusted proxy's word included.
         host: Likewise, without a port.
         port: Likewise.
         authority: The `Host` header.
+        addressed: As nginx sees it, without a port: the host of the request line, else of the header.
+
+    Source: RFC 9112 section 3.2.2.
     """
     match = _AUTHORITY.fullmatch(authority)
-    if match is not None and match[1].lower().rstrip(".") == host.lower().rstrip("."):
+    if match is not None and _same_host(match[1], host):
         return normalise_origin(scheme, match[1], int(match[2]) if match[2] else None)
+    if _same_host(host, addressed):
+        return None
     return normalise_origin(scheme, host, int(port) if port.isdigit() else None)
+
+
+def _same_host(one: str, other: str) -> bool:
+    return one.lower().rstrip(".") == other.lower().rstrip(".")
 
 
 def normalise_path(path: str) -> str:

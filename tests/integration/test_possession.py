@@ -6,7 +6,7 @@ import functools
 import ssl
 import time
 from contextlib import closing
-from http.client import HTTPSConnection
+from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -110,6 +110,31 @@ def test_clm_27_31_a_bound_token_needs_its_proof(stage: Stage) -> None:
     assert [401] * 7 == [answer.status_code for answer in refused]
     assert hits == stage.upstream.hits
     assert 200 == stage.get(token=stage.token()).status_code
+
+
+def test_clm_31_the_request_line_cannot_name_the_host_that_a_proof_is_for(stage: Stage) -> None:
+    stage.start(one_route(proof_of_possession_dpop="optional"))
+    token = stage.token(cnf=holder.cnf)
+    assert 200 == get(stage, token, prove(stage, token)).status_code
+    hits, authority = stage.upstream.hits, stage.gateway.url.removeprefix("http://")
+    elsewhere = f"http://evil.test:{authority.rpartition(':')[2]}/orders"
+
+    def status(target: str, **claims: str) -> int:
+        with closing(HTTPConnection(authority, timeout=30)) as connection:
+            headers = {
+                "Host": authority,
+                "X-Forwarded-Host": "evil.test",
+                "Authorization": f"DPoP {token}",
+                "DPoP": prove(stage, token, **claims),
+            }
+            connection.request("GET", target, headers=headers)
+            return connection.getresponse().status
+
+    # Kong's route is that of the `Host` header in each.
+    assert 401 == status("http://evil.test/orders", htu=elsewhere)
+    assert 401 == status("/orders", htu=elsewhere)
+    assert hits == stage.upstream.hits
+    assert 200 == status(f"{stage.gateway.url}/orders")
 
 
 def test_strict_takes_bound_tokens_alone(stage: Stage) -> None:

@@ -17,7 +17,7 @@ from tests.unit.test_plugin import exchanged, forwarded, read_calls, refused, st
 FACTS = {
     "connection": "", "header": "DPoP a.b.c", "query": "", "cookie": "", "method": "GET",
     "dpop": "p.r.o", "path": "/orders?x=1", "scheme": "https", "host": "api.test", "port": 8443,
-    "authority": "API.test",
+    "authority": "API.test", "addressed": "api.test",
 }  # fmt: skip
 ALGS = " ".join(PROOF_ALGORITHMS)
 
@@ -50,6 +50,7 @@ def test_the_facts_of_a_proof_are_asked_for_at_once() -> None:
         ("kong.request.get_forwarded_host", ""),
         ("kong.request.get_forwarded_port", ""),
         ("kong.nginx.get_var", "http_host"),
+        ("kong.request.get_host", ""),
     ] == [(fetch.method, fetch.argument) for fetch in instance.prefetch]
 
 

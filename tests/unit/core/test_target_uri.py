@@ -72,17 +72,33 @@ def test_an_origin_has_a_known_scheme_and_a_host() -> None:
 
 
 @pytest.mark.parametrize(
-    ("authority", "host", "port", "expected"),
+    ("authority", "addressed", "host", "port", "expected"),
     [
-        pytest.param("api.test", "api.test", "8443", ORIGIN, id="behind-a-balancer"),
-        pytest.param("API.test:9443", "api.test", "8443", "https://api.test:9443", id="own-port"),
-        pytest.param("kong.internal", "api.test", "443", ORIGIN, id="trusted-proxy-names-the-host"),
-        pytest.param("kong.internal:8443", "api.test", "444", "https://api.test:444", id="and-the-port"),
-        pytest.param("a b", "api.test", "443", ORIGIN, id="no-authority"),
-        pytest.param("", "", "443", None, id="neither"),
+        pytest.param("api.test", "api.test", "api.test", "8443", ORIGIN, id="behind-a-balancer"),
+        pytest.param("API.test:9443", "api.test", "api.test", "8443", "https://api.test:9443", id="own-port"),
+        pytest.param(
+            "kong.internal", "kong.internal", "api.test", "443", ORIGIN, id="trusted-proxy-names-the-host"
+        ),
+        pytest.param(
+            "kong.internal:8443",
+            "kong.internal",
+            "api.test",
+            "444",
+            "https://api.test:444",
+            id="and-the-port",
+        ),
+        pytest.param("", "kong", "api.test", "443", ORIGIN, id="no-authority"),
+        pytest.param("", "", "", "443", None, id="neither"),
+        # The request line names another host than the header that Kong chose the route by.
+        pytest.param("api.test", "evil.test", "evil.test", "443", None, id="CLM-31-two-hosts"),
+        pytest.param("a b", "evil.test", "evil.test", "443", None, id="CLM-31-odd-header"),
+        pytest.param("", "kong", "kong", "443", None, id="CLM-31-no-header"),
+        pytest.param("api.test.", "evil.test", "api.test", "443", "https://api.test.:443", id="proxy-agrees"),
     ],
 )
 def test_the_origin_of_a_request_is_what_its_client_sees(
-    authority: str, host: str, port: str, expected: str | None
+    authority: str, addressed: str, host: str, port: str, expected: str | None
 ) -> None:
-    assert expected == request_origin(scheme="https", host=host, port=port, authority=authority)
+    assert expected == request_origin(
+        scheme="https", host=host, port=port, authority=authority, addressed=addressed
+    )
