@@ -99,7 +99,12 @@ def _within(result: Claims, allowed: frozenset[str]) -> bool:
     # Where `audience_claim` names another member, the standard one is judged, too: the upstream reads it.
     standard = result.members.get("aud")
     named = standard if isinstance(standard, list) else [] if standard is None else [standard]
-    return bool(result.aud) and allowed.issuperset(result.aud) and all(value in allowed for value in named)
+    return (
+        bool(result.aud)
+        and allowed.issuperset(result.aud)
+        # Nobody has judged the type of that one.
+        and all(isinstance(value, str) and value in allowed for value in named)
+    )
 
 
 def _subject_pairs(policy: ResultPolicy, relation: Relation) -> Sequence[ClaimPair]:

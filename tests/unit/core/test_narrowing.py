@@ -113,6 +113,28 @@ def test_audience_stays_within_the_limit(aud: object, wider: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("aud", "wider"),
+    [
+        ("api", False),
+        (ABSENT, False),
+        ("billing", True),
+        ({"api": 1}, True),
+        ([["api"]], True),
+        (["api", {}], True),
+        (7, True),
+        (None, False),
+    ],
+)
+def test_clm_18_an_audience_beside_the_configured_one_is_judged_whatever_its_type(
+    aud: object, wider: bool
+) -> None:
+    members = FakeIssuer("https://target.test").claims(aud=aud, resource="api")
+    result = parse_claims(members, audience_claim=("resource",))
+
+    assert widening(API, result) == (("audience_not_allowed",) if wider else ())
+
+
+@pytest.mark.parametrize(
     ("exp", "leeway", "wider"),
     [
         (NOW + 59, 0.0, False),
