@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -281,7 +281,11 @@ class RedisTokenCache:
 
         timer = threading.Timer(LONGEST_LOOK_S, end)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except (RuntimeError, MemoryError):
+            # No thread to wait in.
+            end()
 
     def _ask(self, asking: _Asking) -> _Seen:
         """Run in a helper thread: read, lock, and read again what came between the two."""
@@ -482,12 +486,13 @@ class _Helpers:
 
     def __init__(self, name: str, count: int, backlog: int) -> None:
         self._name = name
-        self._missing = count
-        self._lock = threading.Lock()
-        self._work: queue.Queue[Callable[[], None]] = queue.Queue(backlog)
+        self._count = self._missing = count
+        self._backlog = backlog
+        self._changed = threading.Condition()
+        self._work: deque[Callable[[], None]] = deque()
 
     def start(self, work: Callable[[], Result]) -> Future[Result] | None:
-        """Have *work* done; None where too much waits already. A cancelled one is not begun."""
+        """Have *work* done unless it is cancelled first; None: too much waits, or there is no thread."""
         done: Future[Result] = Future()
 
         def run() -> None:
@@ -500,29 +505,35 @@ class _Helpers:
             else:
                 done.set_result(result)
 
-        try:
-            self._work.put_nowait(run)
-        except queue.Full:
-            return None
-        self._start_thread()
+        with self._changed:
+            if len(self._work) >= self._backlog:
+                return None
+            self._work.append(run)
+            if self._missing:
+                self._start_thread()
+            if self._missing == self._count:
+                # Nobody would ever take it, and it may hold a token.
+                self._work.pop()
+                return None
+            self._changed.notify()
         return done
 
     def _start_thread(self) -> None:
-        with self._lock:
-            if self._missing == 0:
-                return
-            self._missing -= 1
-        threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+        except (RuntimeError, MemoryError):
+            # The machine has none left: those that run do it later.
+            return
+        self._missing -= 1
 
     def _serve(self) -> None:
         while True:
-            try:
-                work = self._work.get(timeout=IDLE_S)
-            except queue.Empty:
-                with self._lock:
-                    # Whoever puts something in from here on starts a thread for it.
-                    if self._work.empty():
-                        self._missing += 1
-                        return
-            else:
-                work()
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._work, IDLE_S):
+                    # Whoever asks from here on starts a thread for it.
+                    self._missing += 1
+                    return
+                work = self._work.popleft()
+            work()
+            # Not kept while the next one is waited for: it holds a token.
+            del work

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 
@@ -482,7 +483,7 @@ def test_a_lock_that_comes_too_late_is_given_back() -> None:
 
 def test_more_look_ups_than_redis_can_take_are_exchanges() -> None:
     node = Node(FakeStore(), timeout_s=PATIENCE_S)
-    node.cache._readers._work.maxsize = 1
+    node.cache._readers._backlog = 1
 
     with node.store.frozen():
         waiting = [
@@ -493,7 +494,7 @@ def test_more_look_ups_than_redis_can_take_are_exchanges() -> None:
             thread.start()
             busy = min(number + 1, READERS)
             assert eventually(lambda busy=busy: node.store.calls.count("read") >= busy)
-        assert eventually(node.cache._readers._work.full)
+        assert eventually(lambda: 1 == len(node.cache._readers._work))
         assert "made" == node.get(OTHER)
         assert {"busy": 1} == node.counted("shared_cache_faults")
     for thread in waiting:
@@ -502,7 +503,7 @@ def test_more_look_ups_than_redis_can_take_are_exchanges() -> None:
 
 def test_entries_that_cannot_be_written_fast_enough_are_dropped() -> None:
     node = Node(FakeStore())
-    node.cache._writer._work.maxsize = 1
+    node.cache._writer._backlog = 1
     hold = threading.Event()
     begun = threading.Event()
     node.cache._writer.start(lambda: (begun.set(), hold.wait(PATIENCE_S)))
@@ -743,3 +744,33 @@ def test_threads_end_when_idle_and_come_back(monkeypatch: pytest.MonkeyPatch) ->
         assert eventually(lambda number=number: number + 1 == len(node.store.values))
         if number % 5 == 0:
             assert eventually(lambda: set() == set(mine()) - before)
+
+
+def test_fault_116_a_machine_without_threads_costs_the_second_level_and_no_result() -> None:
+    node = Node(FakeStore())
+    no_thread = patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+
+    with no_thread:
+        # More than there may be threads, so that none is left to be made if they were counted.
+        assert ["made"] * 2 * READERS == [node.get(bytes([number]) * 32) for number in range(2 * READERS)]
+        node.cache.forget(ENTRY)
+    # Nothing waits for a thread that will not come: it holds tokens.
+    assert [0, 0] == [len(helpers._work) for helpers in (node.cache._readers, node.cache._writer)]
+    assert [] == node.store.calls
+
+    assert "made" == node.get()
+    assert eventually(lambda: name_of() in node.store.values)
+    assert "found" == node.get()
+
+    with no_thread:
+        # The threads that run serve on.
+        assert "found" == node.get()
+
+
+def test_fault_116_a_look_up_that_nothing_can_cut_off_later_is_cut_off_now() -> None:
+    store = FakeStore()
+    node = Node(store, timeout_s=0.02)
+    no_timer = patch.object(threading.Timer, "start", side_effect=RuntimeError("can't start new thread"))
+    with store.frozen(), no_timer:
+        assert "made" == node.get()
+        assert 1 == store.dropped
