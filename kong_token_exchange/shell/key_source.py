@@ -10,8 +10,9 @@ so that one issuer's trouble never delays another's tokens. By the age of its ke
     above, or none     a fetch must succeed first
 
 While an issuer is in trouble nobody waits for it: one attempt a second in the background finds
-out when it is back. A fetch for an unknown key happens at most once per `COOL_DOWN_S`, counted
-from the attempt, so that failures count too.
+out when it is back, and a few more at first where nothing has been fetched yet. A fetch for an
+unknown key happens at most once per `COOL_DOWN_S`, counted from the attempt, so that failures
+count too.
 
 Source: docs/adr/0004-keys.md; docs/threats.md KEY-10 to KEY-17.
 """
@@ -58,6 +59,9 @@ MAX_WAITING = 32
 JUST_FETCHED_S = 1.0
 # After a failed fetch the next one waits: an issuer that is down is not asked for each request.
 RETRY_S = 1.0
+# While there is nothing in memory yet, the wait begins here and doubles up to `RETRY_S`: a start that
+# stumbled once, on a machine that is busy with it, must not cost a second more.
+FIRST_RETRY_S = 0.1
 # A failure this young stands for the issuer's state. Requests renew it once a second.
 TROUBLE_S = 30.0
 
@@ -102,6 +106,9 @@ class _Record:
     metadata_at: float = float("-inf")
     unknown_key_at: float = float("-inf")
     failure: _Failure | None = None
+    # Whether any fetch has succeeded yet, and how many failed before.
+    started: bool = False
+    false_starts: int = 0
     flight: _Flight | None = None
     waiting: int = 0
     logged: tuple[str, float] = ("", float("-inf"))
@@ -110,6 +117,16 @@ class _Record:
         """Tell whether the last fetch failed, and not long ago."""
         failure = self.failure
         return failure is not None and now - failure.at < TROUBLE_S
+
+    def must_rest(self, now: float) -> bool:
+        """Tell whether a fetch has failed a moment ago, so that the next one waits."""
+        failure = self.failure
+        if failure is None:
+            return False
+        rest_s = RETRY_S
+        if not self.started:
+            rest_s = min(RETRY_S, FIRST_RETRY_S * 2 ** min(self.false_starts - 1, 8))
+        return now - failure.at < rest_s
 
     def unavailable(self) -> IssuerUnavailableError:
         """Make the error anew: one instance raised again and again would collect tracebacks."""
@@ -285,13 +302,12 @@ class IssuerKeySource:
         with record.lock:
             if record.flight is not None:
                 return record.flight
-            failure = record.failure
-            if not force and failure is not None and now - failure.at < RETRY_S:
+            if not force and record.must_rest(now):
                 return None
             record.flight = flight = _Flight(began_at=now)
         try:
             self._submit(lambda: self._fetch(record, flight))
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             # No thread to be had: the next request tries again.
             self._note_failure(record, IssuerUnavailableError(reason="keys_no_thread"))
             self._land(record, flight)
@@ -302,6 +318,7 @@ class IssuerKeySource:
         try:
             self._fetch_into(record, flight.began_at)
             record.failure = None
+            record.started = True
             result = "fetched"
         except TokenExchangeError as error:
             self._note_failure(record, error)
@@ -324,6 +341,7 @@ class IssuerKeySource:
         outage = isinstance(error, IssuerUnavailableError)
         reason = error.reason if outage else "keys_" + error.reason
         now = self._clock.monotonic()
+        record.false_starts += not record.started
         record.failure = _Failure(reason, error.facts, now)
         logged_reason, logged_at = record.logged
         if reason != logged_reason or now - logged_at >= _LOG_INTERVAL_S:

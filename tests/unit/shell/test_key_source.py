@@ -1,5 +1,6 @@
 """KEY rows of fetching: how often, how long, and whose trouble it is."""
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.key_source import (
     COOL_DOWN_S,
     FETCH_DEADLINE_S,
+    FIRST_RETRY_S,
     JUST_FETCHED_S,
     MAX_WAITING,
     REFRESH_S,
@@ -548,6 +550,62 @@ def test_fault_30_nobody_waits_for_an_issuer_in_trouble() -> None:
     assert OLD_KIDS == kids(it.keys(within=None))
 
 
+NO_THREAD, NO_TIME = RuntimeError("can't start new thread"), DeadlineError(reason="deadline")
+
+
+@pytest.mark.parametrize("failure", [NO_THREAD, NO_TIME, DOWN], ids=["FAULT-116-thread", "deadline", "down"])
+def test_res_20_a_start_that_stumbles_once_is_soon_right(failure: BaseException) -> None:
+    stumbled = False
+
+    def submit(fetch: Callable[[], None]) -> None:
+        nonlocal stumbled
+        if failure is NO_THREAD and not stumbled:
+            stumbled = True
+            raise failure
+        fetch()
+
+    answers = [served(OLD)] if failure is NO_THREAD else [failure, served(OLD)]
+    it = Source({JWKS: answers}, submit=submit)
+    it.refusal(it.keys)
+
+    it.clock.advance(FIRST_RETRY_S)
+    # Who finds out is refused; who comes next is not.
+    it.refusal(it.keys)
+    assert OLD_KIDS == kids(it.keys(within=None))
+
+
+def test_fault_30_an_issuer_that_is_down_at_the_start_is_soon_asked_once_a_second_only() -> None:
+    it = Source({JWKS: DOWN})
+    asked = []
+    # In steps of a binary fraction, so that no wait is missed by a rounding.
+    for step in range(64 * 10):
+        before = it.sender.count()
+        for within in (5.0, None):
+            it.refusal(partial(it.keys, within=within))
+        if it.sender.count() != before:
+            asked.append(step / 64)
+        it.clock.advance(1 / 64)
+
+    assert 13 == len(asked) == it.sender.count()
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert [0.1, 0.2, 0.4, 0.8] == pytest.approx(pauses[:4], abs=1 / 64)
+    assert {RETRY_S} == set(pauses[4:])
+
+
+def test_res_20_once_there_were_keys_each_failure_costs_a_second() -> None:
+    it = Source({JWKS: [DOWN, served(OLD), DOWN]})
+    it.refusal(it.keys)
+    it.clock.advance(FIRST_RETRY_S)
+    it.refusal(it.keys)
+    it.clock.advance(STALE_S)
+    it.refusal(it.keys)
+    asked = it.sender.count()
+
+    it.clock.advance(RETRY_S / 2)
+    it.refusal(it.keys)
+    assert asked == it.sender.count()
+
+
 def test_an_old_failure_says_nothing_about_now() -> None:
     it = Source({JWKS: [DOWN, served(OLD)]})
     it.refusal(it.keys)
@@ -642,12 +700,13 @@ def test_after_a_bug_the_next_fetch_runs() -> None:
     assert OLD_KIDS == kids(it.keys())
 
 
-def test_fault_116_no_thread_for_a_fetch_is_an_outage_that_passes() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=repr)
+def test_fault_116_no_thread_for_a_fetch_is_an_outage_that_passes(error: Exception) -> None:
     threads_left = False
 
     def submit(fetch: Callable[[], None]) -> None:
         if not threads_left:
-            raise RuntimeError("can't start new thread")
+            raise error
         fetch()
 
     it = Source(submit=submit)
