@@ -371,7 +371,8 @@ def check_granted(found: Any) -> None:
     assert is_b64token(token)
     assert token != SUBJECT
     assert len(token) <= LONGEST
-    assert token not in repr(found)
+    # One that was cut to a few characters stands in any text.
+    assert len(token) < 8 or token not in repr(found)
     assert found.expires_in is None or 0 < found.expires_in < 2**31
 
 
