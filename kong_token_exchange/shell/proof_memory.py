@@ -44,7 +44,8 @@ class SharedProofMemory:
     Implements `ports.ProofMemory` for a process and those forked from it later.
 
     Args:
-        now: NumericDate. A proof that is older could have been used at a server before this one.
+        now: NumericDate. A proof that is older could have been used at a server before this one; one
+            that a fast clock made, for PROOF_SKEW_S longer.
         slots: How many proofs fit.
     """
 
@@ -72,7 +73,8 @@ class SharedProofMemory:
             ProofError: it was used before.
             IssuerUnavailableError: that cannot be told.
         """
-        if iat <= self._born:
+        # A client's clock may have been ahead when the proof was taken.
+        if iat <= self._born + PROOF_SKEW_S:
             raise IssuerUnavailableError(reason="dpop_memory_too_young")
         with self._lock:
             self._lock_file()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kong_token_exchange.core.dpop import PROOF_SKEW_S
 from kong_token_exchange.errors import IssuerUnavailableError, ProofError, TokenExchangeError
 from kong_token_exchange.shell.proof_memory import MAX_LIFETIME_S, WINDOW, SharedProofMemory
 from tests.support.fakes import run_in_threads
@@ -90,7 +91,14 @@ def test_a_full_memory_takes_nothing_until_something_is_over() -> None:
     proofs.use(key(WINDOW), iat=NOW + 400, now=NOW + 400)
 
 
-@pytest.mark.parametrize(("iat", "known"), [(NOW - 11, False), (NOW - 10, False), (NOW - 9, True)])
+def test_clm_30_a_clock_that_is_ahead_takes_no_proof_beyond_a_restart() -> None:
+    before, after = SharedProofMemory(now=NOW - 100), SharedProofMemory(now=NOW + 1)
+    before.use(key(1), iat=NOW + PROOF_SKEW_S, now=NOW)
+
+    assert "dpop_memory_too_young" == refusal(after, 1, iat=NOW + PROOF_SKEW_S, now=NOW + 2).reason
+
+
+@pytest.mark.parametrize(("iat", "known"), [(NOW - 11, False), (NOW - 5, False), (NOW - 4, True)])
 def test_a_proof_from_before_the_memory_cannot_be_judged(iat: int, known: bool) -> None:
     proofs = memory()
 
