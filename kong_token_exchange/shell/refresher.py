@@ -54,7 +54,6 @@ class BackgroundRefresher:
         self._waiting: deque[tuple[str, Callable[[], None]]] = deque()
         self._working: Counter[str] = Counter()
         self._threads = 0
-        self._idle = 0
 
     def offer(self, work: Callable[[], None], *, group: str) -> bool:
         """Take *work* on, or say at once that there is no place for it."""
@@ -62,12 +61,20 @@ class BackgroundRefresher:
             if len(self._waiting) >= self._max_waiting:
                 return False
             self._waiting.append((group, work))
-            if self._idle:
-                self._changed.notify()
-            elif self._threads < self._max_threads and not self._start_thread() and not self._threads:
+            if self._lacks_a_thread() and not self._start_thread() and not self._threads:
                 self._waiting.pop()
                 return False
+            self._changed.notify()
             return True
+
+    def _lacks_a_thread(self) -> bool:
+        """Tell whether one more thread would find work: those that are free have some each already."""
+        if self._threads >= self._max_threads:
+            return False
+        waiting = Counter(group for group, _ in self._waiting)
+        share = self._max_threads_per_group
+        ready = sum(min(count, share - self._working[group]) for group, count in waiting.items())
+        return ready > self._threads - self._working.total()
 
     def _start_thread(self) -> bool:
         try:
@@ -98,9 +105,7 @@ class BackgroundRefresher:
         """Wait for work that may be done now; None where there was none for a while."""
         with self._changed:
             while (taken := self._take()) is None:
-                self._idle += 1
                 notified = self._changed.wait(self._idle_s)
-                self._idle -= 1
                 if not notified and (taken := self._take()) is None:
                     self._threads -= 1
                     return None

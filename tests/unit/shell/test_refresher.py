@@ -13,6 +13,7 @@ import pytest
 
 from kong_token_exchange.shell.refresher import BackgroundRefresher
 from tests.support.fakes import PATIENCE_S
+from tests.support.running import eventually
 
 
 class Held:
@@ -78,6 +79,36 @@ def test_res_05_an_endpoint_that_hangs_holds_its_share_of_threads() -> None:
     hanging.wait_done(5)
 
 
+def test_res_05_what_comes_at_once_does_not_share_the_one_idle_thread() -> None:
+    refresher, first, hanging, other = BackgroundRefresher(), Held(), Held(), Held()
+    assert refresher.offer(first, group="a")
+    first.wait_begun(1)
+    first.wait_done(1)
+    assert eventually(lambda: not refresher._working)
+
+    with refresher._changed:
+        # The idle thread is woken by the first of these, and cannot take it before the second is there.
+        assert refresher.offer(hanging, group="hangs")
+        assert refresher.offer(other, group="works")
+
+    hanging.wait_begun(1)
+    other.wait_begun(1)
+    other.wait_done(1)
+    hanging.wait_done(1)
+
+
+def test_what_must_wait_for_its_share_gets_no_thread() -> None:
+    refresher, hanging = BackgroundRefresher(max_threads_per_group=2), Held()
+    for _ in range(2):
+        assert refresher.offer(hanging, group="hangs")
+    hanging.wait_begun(2)
+
+    for _ in range(5):
+        assert refresher.offer(hanging, group="hangs")
+    assert 2 == refresher._threads
+    hanging.wait_done(7)
+
+
 def test_threads_are_bounded_reused_and_end() -> None:
     refresher, work = BackgroundRefresher(max_threads=2, idle_s=0.05), Held()
     for _ in range(6):
@@ -91,7 +122,7 @@ def test_threads_are_bounded_reused_and_end() -> None:
         if not refresher._threads:
             break
         ended.wait(0.05)
-    assert (0, 0) == (refresher._threads, refresher._idle)
+    assert 0 == refresher._threads
     # And are made again.
     assert refresher.offer(work, group="a")
     work.wait_done(1)
