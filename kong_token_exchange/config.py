@@ -30,6 +30,7 @@ from urllib.parse import SplitResult, urlsplit
 from kong_token_exchange.core.dpop import PROOF_ALGORITHMS
 from kong_token_exchange.core.jws import ASYMMETRIC_ALGORITHMS, parse_compact
 from kong_token_exchange.core.policy import (
+    FAIR_TIME_S,
     TOKEN_TYPE_ACCESS_TOKEN,
     ActorPolicy,
     BreakerPolicy,
@@ -464,9 +465,7 @@ def _build_config(members: Members, notes: _Notes) -> PluginConfig:
         result=_build_result(exchange["result"]),
         cache=_build_cache(members, exchange["cache"]),
         shared_cache=_build_shared_cache(members, exchange["cache"], notes),
-        breaker=BreakerPolicy(
-            failures=exchange["breaker"]["failures"], open_for_s=exchange["breaker"]["open_for"] / 1000
-        ),
+        breaker=_build_breaker(exchange),
         credential=credential,
         upstream_header=_build_upstream_header(members["upstream_access_token_header"]),
         hide_credentials=members["hide_credentials"],
@@ -1056,6 +1055,16 @@ def _build_result(members: Members) -> ResultPolicy:
 
 def _build_limit(values: list[str] | None) -> frozenset[str] | None:
     return None if values is None else frozenset(values)
+
+
+def _build_breaker(exchange: Members) -> BreakerPolicy:
+    breaker = exchange["breaker"]
+    return BreakerPolicy(
+        failures=breaker["failures"],
+        open_for_s=breaker["open_for"] / 1000,
+        # Nobody ever has a second where the whole request has less: such a deadline must count, too.
+        fair_time_s=min(FAIR_TIME_S, exchange["deadline"] / 2000),
+    )
 
 
 def _build_cache(members: Members, cache: Members) -> CachePolicy:

@@ -126,12 +126,21 @@ class ActorPolicy:
     clients: tuple[str, ...] = ()
 
 
+# Seconds that a token endpoint may need; half of the deadline where that is less.
+FAIR_TIME_S = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerPolicy:
-    """When a token endpoint is left alone: after *failures* faults in a row (0: never), for *open_for_s*."""
+    """
+    When a token endpoint is left alone: after *failures* faults in a row (0: never), for *open_for_s*.
+
+    Where it had less than *fair_time_s* to answer, it is not blamed for the deadline.
+    """
 
     failures: int = 5
     open_for_s: float = 5.0
+    fair_time_s: float = FAIR_TIME_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,9 +29,6 @@ from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 # The plugin server has 64 threads by default: distinct exchanges of one issuer leave a quarter to others.
 MAX_IN_FLIGHT = 48
 
-# An endpoint that had less than this to answer is not blamed for the deadline.
-FAIR_TIME_S = 1.0
-
 # Longest rest that a Retry-After can ask for, and the largest step of our own (FAULT-07, FAULT-08).
 MAX_REST_S = 30.0
 FIRST_REST_S = 1.0
@@ -102,7 +99,9 @@ class GuardedSender:
         except DeadlineError:
             self._metrics.observe("exchange_seconds", self._clock.monotonic() - sent_at, result="deadline")
             # Who comes with little time left says nothing of the endpoint.
-            self._leave(endpoint, probe=probe, fault=True if time_left_s >= FAIR_TIME_S else None)
+            self._leave(
+                endpoint, probe=probe, fault=True if time_left_s >= self._policy.fair_time_s else None
+            )
             raise
         except IssuerUnavailableError:
             self._metrics.observe("exchange_seconds", self._clock.monotonic() - sent_at, result="failed")

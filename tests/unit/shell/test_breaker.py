@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kong_token_exchange.config import load_config
 from kong_token_exchange.core.policy import BreakerPolicy
 from kong_token_exchange.errors import (
     DeadlineError,
@@ -313,3 +314,35 @@ def test_the_time_of_each_exchange_is_told(answer: HttpResponse | TokenExchangeE
     sender._endpoint(REQUEST.url).rest_until = clock.time + 5
     send(sender)
     assert 1 == len(metrics.times)
+
+
+@pytest.mark.parametrize(("deadline_ms", "fair_s"), [(1, 0.0005), (800, 0.4), (2000, 1.0), (5000, 1.0)])
+def test_res_01_the_deadline_is_a_fault_however_short_it_is_configured(
+    deadline_ms: int, fair_s: float
+) -> None:
+    inner = Inner(DeadlineError(reason="deadline"))
+    policy = load_config(
+        {
+            "issuer": "https://idp.test",
+            "client_id": ["gateway"],
+            "client_secret": ["s3cr3t"],
+            "token_exchange": {
+                "subject_token_issuers": [{"issuer": "https://partner.test"}],
+                "deadline": deadline_ms,
+            },
+        }
+    ).breaker
+    sender, clock, _ = guard(inner, policy=policy)
+
+    def send_within(seconds: float) -> str:
+        with pytest.raises(TokenExchangeError) as caught:
+            sender.send(REQUEST, deadline=clock.time + seconds, max_body=100)
+        return caught.value.reason
+
+    # Who waited for a thread until little was left says nothing of the endpoint.
+    assert ["deadline"] * 10 == [send_within(fair_s * 0.9) for _ in range(10)]
+    # A little of the time has always gone by when it is sent.
+    assert ["deadline"] * policy.failures == [
+        send_within(deadline_ms / 1000 * 0.9) for _ in range(policy.failures)
+    ]
+    assert "breaker_open" == send_within(deadline_ms / 1000)
