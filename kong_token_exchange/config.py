@@ -1368,9 +1368,13 @@ def _check_published(value: str, path: str, *, allow_http: bool) -> None:
 
 def _parse_network(value: str, path: str) -> Network:
     try:
-        return ipaddress.ip_network(value)
+        network = ipaddress.ip_network(value)
     except ValueError:
         raise ConfigError(path, "must be an address or a network, such as 10.0.0.0/8") from None
+    if network.prefixlen == 0:
+        # A certificate is public: this is `secure_source: false` by another name.
+        raise ConfigError(path, "trusts every address: any client could send a certificate")
+    return network
 
 
 def _parse_origin(value: str, path: str) -> str:

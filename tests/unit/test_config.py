@@ -1326,6 +1326,8 @@ def test_a_certificate_in_a_header_comes_from_trusted_addresses() -> None:
         ({FROM_HEADER: None}, f"{POSSESSION}.trusted_ips"),
         ({f"{POSSESSION}.trusted_ips": ["10.0.0.0/8", "10.0.0.1/8"]}, f"{POSSESSION}.trusted_ips[1]"),
         ({f"{POSSESSION}.trusted_ips": ["proxy"]}, f"{POSSESSION}.trusted_ips[0]"),
+        ({f"{POSSESSION}.trusted_ips": ["0.0.0.0/0"]}, f"{POSSESSION}.trusted_ips[0]"),
+        ({f"{POSSESSION}.trusted_ips": ["10.0.0.0/8", "::/0"]}, f"{POSSESSION}.trusted_ips[1]"),
         ({FROM_HEADER: {"allow_partial_chain": False}}, f"{POSSESSION}.trusted_ips"),
         (
             {FROM_HEADER: {"certificate_header_format": "base64_encoded"}},
