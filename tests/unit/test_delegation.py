@@ -294,6 +294,25 @@ def test_whoever_may_act_acts() -> None:
     assert "exchange" == it.ask(subject(may_act={"sub": "agent"})).decision
 
 
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"clients": ["agent-client"]}, "actor_client_not_allowed"),
+        ({"enforce_may_act": True}, "actor_not_permitted"),
+    ],
+)
+def test_exc_09_a_caller_is_not_his_own_actor_where_actors_are_named(
+    policy: dict[str, Any], reason: str
+) -> None:
+    it = Delegation(delegating(required=True, **policy))
+
+    assert (reason, 403, 0) == (
+        (refused := it.refuses(SUBJECT, SUBJECT)).reason,
+        refused.status,
+        it.exchanges,
+    )
+
+
 def test_may_act_is_judged_on_every_request() -> None:
     it = Delegation(delegating(enforce_may_act=True))
     token = subject(may_act={"sub": "agent"})
