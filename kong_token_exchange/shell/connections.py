@@ -321,7 +321,7 @@ class _Names:
             flight = self._flights[key] = Future()
         try:
             threading.Thread(target=self._look_up, args=(key, flight), name="names", daemon=True).start()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self._land(key)
             flight.set_exception(socket.gaierror(socket.EAI_AGAIN, "no thread"))
         return flight
@@ -332,7 +332,7 @@ class _Names:
         except socket.gaierror as exc:
             self._land(key)
             flight.set_exception(socket.gaierror(*exc.args))
-        except (OSError, ValueError) as exc:
+        except BaseException as exc:  # noqa: BLE001 - a look-up that never lands is waited for until a restart
             # A label that is too long for IDNA raises UnicodeError.
             self._land(key)
             flight.set_exception(socket.gaierror(socket.EAI_NONAME, type(exc).__name__))

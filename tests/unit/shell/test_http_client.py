@@ -476,6 +476,27 @@ def test_fault_13_no_thread_for_a_look_up_is_an_outage(
         assert 200 == ask(sender, get(f"http://idp.test:{server.port}/")).status
 
 
+def test_fault_116_no_memory_for_a_look_up_is_an_outage_that_passes(
+    sender: AnySender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory_left = False
+
+    def answer(_: str, port: int) -> list[Any]:
+        if not memory_left:
+            raise MemoryError
+        return numeric("127.0.0.1", port)
+
+    monkeypatch.setattr(socket, "getaddrinfo", Names(answer))
+    with Server(serve()) as server:
+        request = get(f"http://idp.test:{server.port}/")
+        error = failure(sender, request)
+        memory_left = True
+
+        assert "name_not_resolved" == error.reason
+        # Whoever asks for a name that nobody looks up any more would wait for ever.
+        assert 200 == ask(sender, request).status
+
+
 def test_the_next_address_of_a_name_is_tried(sender: AnySender, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = closed_port()
 
