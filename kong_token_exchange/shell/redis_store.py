@@ -58,6 +58,9 @@ _KINDS: tuple[tuple[tuple[type[Exception], ...], FaultKind], ...] = (
     ((ClusterError, RedisClusterException, MovedError), "cluster"),
 )
 
+# As many as a process has threads for it (`redis_cache`).
+MOST_CONNECTIONS = 5
+
 # Compare and delete in one step: a lock that has ended may be another one's by now.
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 
@@ -237,7 +240,8 @@ def _options(policy: RedisPolicy) -> dict[str, Any]:
         "password": policy.password.reveal() if policy.password is not None else None,
         "socket_connect_timeout": policy.connect_timeout_s,
         "socket_timeout": policy.read_timeout_s,
-        "max_connections": policy.pool_size,
+        # The library refuses what goes beyond, where Kong's field only says how many are kept.
+        "max_connections": max(policy.pool_size, MOST_CONNECTIONS),
         "protocol": 2,
         "retry": Retry(NoBackoff(), 0),
         "driver_info": None,

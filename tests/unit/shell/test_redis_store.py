@@ -13,6 +13,7 @@ from redis import Redis, RedisCluster
 from redis.sentinel import SentinelConnectionPool
 
 from kong_token_exchange.shell import redis_store
+from kong_token_exchange.shell.redis_cache import READERS
 from kong_token_exchange.shell.redis_store import RedisStore, StoreError, make_client, make_context
 from tests.chaos.certificates import Authority
 from tests.support.fakes import PATIENCE_S, run_in_threads
@@ -95,6 +96,29 @@ def test_many_threads_share_it(store: RedisStore) -> None:
     store.write("a", b"value", life_ms=60_000)
 
     assert [b"value"] * 8 == run_in_threads(lambda: store.read("a", limit=100), 8)
+
+
+def test_as_many_as_may_ask_have_connections_however_few_are_kept(redis: RedisServer) -> None:
+    threads = READERS + 1
+    assert redis_store.MOST_CONNECTIONS == threads
+    store = RedisStore(redis.policy(pool_size=1), None)
+    store.write("a", b"value", life_ms=60_000)
+    redis.freeze()
+    try:
+        # All of a process's threads at the same moment: none of them may be told of a fault.
+        thaw = threading.Thread(target=lambda: _thaw_when_all_wait(redis, store, threads), daemon=True)
+        thaw.start()
+        assert [b"value"] * threads == run_in_threads(lambda: store.read("a", limit=100), threads)
+        thaw.join(PATIENCE_S)
+    finally:
+        redis.thaw()
+        store.drop()
+
+
+def _thaw_when_all_wait(redis: RedisServer, store: RedisStore, threads: int) -> None:
+    pool = redis_store._pools(store._client)[0]
+    eventually(lambda: len(pool._in_use_connections) == threads, within=2.0)
+    redis.thaw()
 
 
 def test_threads_that_come_at_once_make_one_client(
