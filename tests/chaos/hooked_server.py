@@ -25,22 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from kong_token_exchange import cli, wiring
+from kong_token_exchange.config import PluginConfig
 from kong_token_exchange.flow import Flow
 from kong_token_exchange.plugin import TokenExchangePlugin
 from kong_token_exchange.shell.clock import SystemClock
 from kong_token_exchange.shell.token_cache import MemoryTokenCache
 
-# The ports of the flow by attribute, and the methods that are trapped.
+# The ports of the flow by name, and the methods that are trapped.
 PORTS = {
-    "_clock": ("now", "monotonic"),
-    "_keys": ("keys", "newer_keys", "token_endpoint"),
-    "_cache": ("verified", "store_verified", "exchanged", "exchange_once"),
-    "_sender": ("send",),
-    "_audit": ("record",),
-    "_metrics": ("count",),
+    "clock": ("now", "monotonic"),
+    "keys": ("keys", "newer_keys", "token_endpoint"),
+    "cache": ("verified", "store_verified", "exchanged", "exchange_once"),
+    "sender": ("send",),
+    "audit": ("record",),
+    "metrics": ("count",),
 }
 ENTRIES = ("plugin.start", "instance.warm", "instance.access")
-STEPS = (*ENTRIES, *(f"{port[1:]}.{name}" for port, names in PORTS.items() for name in names))
+STEPS = (*ENTRIES, *(f"{port}.{name}" for port, names in PORTS.items() for name in names))
 
 _EXCEPTIONS: dict[str, type[BaseException]] = {
     error.__name__: error
@@ -137,7 +138,7 @@ class _Trapped:
 
     def __init__(self, target: Any, port: str, hooks: Hooks) -> None:
         for name in PORTS[port]:
-            setattr(self, name, hooks.around(f"{port[1:]}.{name}", getattr(target, name)))
+            setattr(self, name, hooks.around(f"{port}.{name}", getattr(target, name)))
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
@@ -152,6 +153,15 @@ def moved_clock(hooks: Hooks) -> type[SystemClock]:
     return MovedClock
 
 
+def trap_flow(hooks: Hooks) -> type[Flow]:
+    class TrappedFlow(Flow):
+        def __init__(self, config: PluginConfig, **ports: Any) -> None:
+            trapped = {name: _Trapped(ports[name], name, hooks) for name in PORTS}
+            super().__init__(config, **{**ports, **trapped})
+
+    return TrappedFlow
+
+
 def trap_shells(hooks: Hooks) -> type[wiring.Shells]:
     class TrappedShells(wiring.Shells):
         def __init__(self, **options: Any) -> None:
@@ -160,12 +170,6 @@ def trap_shells(hooks: Hooks) -> type[wiring.Shells]:
                 self.cache = MemoryTokenCache(
                     self.clock, metrics=self.metrics, max_entries=hooks.cache_entries
                 )
-
-        def make_flow(self, *arguments: Any, **options: Any) -> Flow:
-            flow = super().make_flow(*arguments, **options)
-            for port in PORTS:
-                setattr(flow, port, _Trapped(getattr(flow, port), port, hooks))
-            return flow
 
         def make_plugin(self, *arguments: Any, **options: Any) -> TokenExchangePlugin:
             plugin = super().make_plugin(*arguments, **options)
@@ -192,9 +196,10 @@ def main() -> int:
         if not hasattr(module, name):
             raise SystemExit(f"chaos: there is no {path}")
         setattr(module, name, value)
-    if not hasattr(wiring, "SystemClock"):
-        raise SystemExit("chaos: the clock is made elsewhere now")
+    if not {"SystemClock", "Flow"} <= vars(wiring).keys():
+        raise SystemExit("chaos: the clock or the flow is made elsewhere now")
     vars(wiring)["SystemClock"] = moved_clock(hooks)
+    vars(wiring)["Flow"] = trap_flow(hooks)
     wiring.Shells = trap_shells(hooks)  # type: ignore[misc]
     return cli.main(sys.argv[1:])
 
