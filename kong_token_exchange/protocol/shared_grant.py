@@ -11,7 +11,6 @@ Source: docs/adr/0010-second-level-cache.md; RFC 8693 section 2.2.1.
 from __future__ import annotations
 
 import json
-import math
 
 from kong_token_exchange.core.strict_json import JsonError, parse_json_object
 from kong_token_exchange.errors import NonConformingResponseError
@@ -23,6 +22,9 @@ from kong_token_exchange.protocol.exchange import (
     process_exchange_response,
 )
 from kong_token_exchange.protocol.http_message import HttpResponse
+
+# The year 36812: a whole number of any size is JSON, and not every one is a float.
+_LATEST = 2.0**40
 
 _JSON = {"content-type": "application/json"}
 
@@ -81,6 +83,6 @@ def _sent_at(data: bytes) -> float:
         value = parse_json_object(data, max_bytes=MAX_RESPONSE_BYTES).get("sent_at")
     except JsonError:
         value = None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LATEST:
         raise NonConformingResponseError(reason="shared_grant_unusable")
     return float(value)

@@ -66,6 +66,7 @@ def test_nothing_but_what_was_judged_is_written() -> None:
         ("sent_at", True, "shared_grant_unusable"),
         ("sent_at", "1800000000", "shared_grant_unusable"),
         ("sent_at", -1, "shared_grant_unusable"),
+        ("sent_at", 10**400, "shared_grant_unusable"),
         ("access_token", "subject", "subject_token_echoed"),
         ("access_token", "a b", "access_token_malformed"),
         ("access_token", "a" * 101, "access_token_malformed"),
