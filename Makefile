@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast bench bench-miss bench-slow bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
+.PHONY: setup demo test test-all test-fast bench bench-miss bench-slow bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ demo: $(READY)
 	$(BIN)/kong-token-exchange demo --config kong.yml $(if $(GATEWAY),--gateway $(GATEWAY)) $(if $(IDP),--idp $(IDP)) $(if $(JSON),--json $(JSON))
 
 test: $(READY)
+	$(BIN)/pytest -m "not long"
+
+# With what takes its time: reloads under load, hybrid mode, later Pythons
+test-all: $(READY)
 	$(BIN)/pytest
 
 # Everything that needs no Java and no second process

@@ -508,6 +508,7 @@ def reload_config(upstream_url: str) -> dict[str, Any]:
     return {"_format_version": "3.0", "services": services}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["managed", "sidecar"])
 def test_gw_11_reloads_under_load_let_no_wrong_token_through(
     issuers: IssuerServer, mode: str, record_property: Any, capsys: pytest.CaptureFixture[str]
@@ -564,6 +565,7 @@ def reload_once(kong: KongOnPath, config: dict[str, Any]) -> None:
     assert wait_until(handed_over), kong.logs()[-3000:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_plugin_server_that_ends_first_waits_for_its_successor(
     issuers: IssuerServer,

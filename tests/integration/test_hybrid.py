@@ -32,6 +32,7 @@ from tests.support.gateways import (
 )
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.integration,
     pytest.mark.skipif(kong_version() is None, reason="no real Kong: no `kong` on PATH"),
 ]

@@ -212,6 +212,7 @@ def probe(programs: Path, path: Path) -> int:
     ).returncode  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("minor", [12, 13, 14])
 def test_the_wheel_serves_on_every_later_python(
     minor: int, built: dict[str, Path], clone: Path, tmp_path: Path
