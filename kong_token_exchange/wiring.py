@@ -31,6 +31,7 @@ from kong_token_exchange.schema import MAX_DEADLINE_MS
 from kong_token_exchange.shell.audit_log import AuditLog, CountingMetrics
 from kong_token_exchange.shell.breaker import GuardedSender
 from kong_token_exchange.shell.clock import SystemClock
+from kong_token_exchange.shell.connections import trust_context
 from kong_token_exchange.shell.exchange_client import ExchangeSender
 from kong_token_exchange.shell.http_client import RequestsSender
 from kong_token_exchange.shell.key_source import IssuerKeySource
@@ -157,7 +158,7 @@ class Shells:
             try:
                 # Its library is an extra: who does not ask for Redis need not have it.
                 from kong_token_exchange.shell.redis_cache import RedisTokenCache  # noqa: PLC0415
-                from kong_token_exchange.shell.redis_store import RedisStore, make_context  # noqa: PLC0415
+                from kong_token_exchange.shell.redis_store import RedisStore  # noqa: PLC0415
             except ImportError:
                 raise ConfigError(
                     "cluster_cache_strategy", "redis needs: pip install kong-token-exchange[redis]"
@@ -165,7 +166,7 @@ class Shells:
             context = None
             if policy.redis.ssl:
                 try:
-                    context = make_context(ca_file, verify=policy.redis.ssl_verify)
+                    context = trust_context(ca_file, verify=policy.redis.ssl_verify)
                 except (OSError, ValueError):
                     raise ConfigError("ca_file", "cannot be read as PEM certificates") from None
             made = self._shared_caches[key] = RedisTokenCache(

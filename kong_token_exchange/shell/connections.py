@@ -14,14 +14,17 @@ import socket
 import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from kong_token_exchange.errors import DeadlineError, Fact, IssuerUnavailableError, TokenExchangeError
+from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 
 # An address that has not accepted a connection within this time is down, whatever the deadline leaves.
 CONNECT_TIMEOUT_S = 1.0
@@ -130,9 +133,13 @@ def _causes(exc: BaseException) -> list[BaseException]:
 # --- TLS ------------------------------------------------------------------------------
 
 
-def tls_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
+def trust_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
     """
-    Make the client's TLS settings: 1.2 at least, and nothing of the environment.
+    Make a client's TLS settings: 1.2 at least, and nothing of the environment.
+
+    Args:
+        ca_file: PEM file that replaces the system's trusted certificates.
+        verify: False accepts any certificate.
 
     Raises:
         OSError: *ca_file* cannot be read, or holds no certificate.
@@ -147,7 +154,6 @@ def tls_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    context.sslsocket_class = DeadlineSslSocket
     return context
 
 
@@ -346,3 +352,83 @@ class _Names:
 
 
 _names = _Names()
+
+
+# --- senders --------------------------------------------------------------------------
+
+
+class DeadlineSender(ABC):
+    """
+    Implements `ports.HttpSender` for one set of TLS settings.
+
+    Connections are never shared between two senders, so none is used under other settings
+    than those it was made with.
+
+    Args:
+        ca_file: PEM file that replaces the system's trusted certificates.
+        verify: False accepts any certificate (`ssl_verify: false`).
+        read_timeout_s: Longest silence within an answer, seconds; the deadline is shorter or wins.
+        resolve: `host:port` to (address, port), as curl's `--resolve`, for trying and testing.
+
+    Raises:
+        OSError: *ca_file* cannot be read, or holds no certificate.
+    """
+
+    # What the library below raises when the network or the peer is at fault.
+    trouble: ClassVar[tuple[type[BaseException], ...]]
+
+    def __init__(
+        self,
+        *,
+        ca_file: str | None = None,
+        verify: bool = True,
+        read_timeout_s: float = 10.0,
+        resolve: Resolve | None = None,
+    ) -> None:
+        self._context = trust_context(ca_file, verify=verify)
+        self._context.sslsocket_class = DeadlineSslSocket
+        self._read_timeout_s = read_timeout_s
+        self._resolve = dict(resolve or {})
+
+    def send(self, request: HttpRequest, *, deadline: float, max_body: int) -> HttpResponse:
+        """
+        Send and read the whole answer.
+
+        Args:
+            request: What to send.
+            deadline: Monotonic instant by which everything ends.
+            max_body: Longest answer that is read, in bytes.
+
+        Raises:
+            IssuerUnavailableError: no connection, TLS refused, or a broken answer.
+            DeadlineError: *deadline* passed.
+            NonConformingResponseError: the answer is too long or encoded, or none at all.
+        """
+        for may_repeat in (True, False):
+            call = calls.current = Call(deadline, self._read_timeout_s)
+            try:
+                return self._send(request, max_body, call)
+            except self.trouble as exc:
+                timed_out = time.monotonic() >= deadline - TIMER_SLACK_S
+                if may_repeat and not timed_out and call.may_repeat(request.method):
+                    continue
+                error = failure(exc, host=_host(request.url), timed_out=timed_out)
+            break
+        # Raised out here: the cause prints URL and headers, and would hang on the error as its context.
+        raise error
+
+    @abstractmethod
+    def _send(self, request: HttpRequest, max_body: int, call: Call) -> HttpResponse:
+        """Send once and read the whole answer; raise `trouble`, or an error of ours."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the pooled connections."""
+
+
+def _host(url: str) -> str:
+    """Return the host to name in a log: without user and password."""
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2]
+    except ValueError:
+        return ""

@@ -22,10 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kong_token_exchange import __version__
-from kong_token_exchange.errors import IssuerUnavailableError, NonConformingResponseError
+from kong_token_exchange.errors import NonConformingResponseError
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
-from kong_token_exchange.shell import connections
-from kong_token_exchange.shell.connections import Call, Resolve, Reuse, calls, connect, failure, tls_context
+from kong_token_exchange.shell.connections import Call, DeadlineSender, Resolve, Reuse, connect
 
 # Idle connections kept for each token endpoint: one for each thread that may exchange; one too few
 # means a TLS handshake for each request above it.
@@ -33,75 +32,21 @@ _POOL_SIZE = 64
 
 _CHUNK = 16 * 1024
 
-# What http.client raises when the network or the peer is at fault.
-_TROUBLE = (http.client.HTTPException, OSError, ValueError)
-
 _FIXED_HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"kong-token-exchange/{__version__}"}
 
 
-class ExchangeSender:
-    """
-    Implements `ports.HttpSender` for one set of TLS settings.
+class ExchangeSender(DeadlineSender):
+    """Implements `ports.HttpSender` over `http.client`; arguments as `DeadlineSender`."""
 
-    Connections are never shared between two senders, so none is used under other settings
-    than those it was made with.
+    trouble = (http.client.HTTPException, OSError, ValueError)
 
-    Args:
-        ca_file: PEM file that replaces the system's trusted certificates.
-        verify: False accepts any certificate (`ssl_verify: false`).
-        read_timeout_s: Longest silence within an answer, seconds; the deadline is shorter or wins.
-        resolve: `host:port` to (address, port), as curl's `--resolve`, for trying and testing.
-
-    Raises:
-        OSError: *ca_file* cannot be read, or holds no certificate.
-    """
-
-    def __init__(
-        self,
-        *,
-        ca_file: str | None = None,
-        verify: bool = True,
-        read_timeout_s: float = 10.0,
-        resolve: Resolve | None = None,
-    ) -> None:
-        self._context = tls_context(ca_file, verify=verify)
-        self._read_timeout_s = read_timeout_s
-        self._resolve = dict(resolve or {})
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self._pools: dict[_Origin, _Pool] = {}
 
-    def send(self, request: HttpRequest, *, deadline: float, max_body: int) -> HttpResponse:
-        """
-        Send and read the whole answer.
-
-        Args:
-            request: What to send.
-            deadline: Monotonic instant by which everything ends.
-            max_body: Longest answer that is read, in bytes.
-
-        Raises:
-            IssuerUnavailableError: no connection, TLS refused, or a broken answer.
-            DeadlineError: *deadline* passed.
-            NonConformingResponseError: the answer is too long or encoded, or none at all.
-        """
-        try:
-            origin, target, host = _split(request.url)
-        except ValueError:
-            raise IssuerUnavailableError(reason="connection_broken", facts={"cause": "ValueError"}) from None
-        for may_repeat in (True, False):
-            call = calls.current = Call(deadline, self._read_timeout_s)
-            try:
-                return self._send(request, origin, target, max_body)
-            except _TROUBLE as exc:
-                timed_out = time.monotonic() >= deadline - connections.TIMER_SLACK_S
-                if may_repeat and not timed_out and call.may_repeat(request.method):
-                    continue
-                error = failure(exc, host=host, timed_out=timed_out)
-            break
-        # Raised out here: the cause prints URL and headers, and would hang on the error as its context.
-        raise error
-
-    def _send(self, request: HttpRequest, origin: _Origin, target: str, max_body: int) -> HttpResponse:
-        calls.current.remaining()
+    def _send(self, request: HttpRequest, max_body: int, call: Call) -> HttpResponse:
+        origin, target = _split(request.url)
+        call.remaining()
         pool = self._pools.get(origin) or self._pools.setdefault(origin, _Pool())
         connection = pool.take() or self._open(origin)
         try:
@@ -141,15 +86,14 @@ _Origin = tuple[str, str, int]
 
 # Endpoints come from configuration and discovery: a few for each issuer.
 @lru_cache(256)
-def _split(url: str) -> tuple[_Origin, str, str]:
-    """Return origin, request target, and the host to name in a log: without user and password."""
+def _split(url: str) -> tuple[_Origin, str]:
+    """Return origin and request target."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("no http URL")
     secure = parts.scheme == "https"
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    named = parts.netloc.rpartition("@")[2]
-    return (parts.scheme, parts.hostname, parts.port or (443 if secure else 80)), target, named
+    return (parts.scheme, parts.hostname, parts.port or (443 if secure else 80)), target
 
 
 def _read_body(response: http.client.HTTPResponse, max_body: int) -> bytes:

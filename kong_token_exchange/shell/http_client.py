@@ -28,7 +28,7 @@ from kong_token_exchange import __version__
 from kong_token_exchange.errors import NonConformingResponseError
 from kong_token_exchange.protocol.http_message import HttpRequest, HttpResponse
 from kong_token_exchange.shell import connections
-from kong_token_exchange.shell.connections import Call, Resolve, Reuse, calls, connect, failure, tls_context
+from kong_token_exchange.shell.connections import Call, DeadlineSender, Resolve, Reuse, connect
 
 # Hosts that connections are kept for: issuers of one gateway, with room.
 _MAX_HOSTS = 64
@@ -38,64 +38,15 @@ _POOL_SIZE = 64
 
 _CHUNK = 16 * 1024
 
-# What the libraries below raise when the network or the peer is at fault.
-_TROUBLE = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 
+class RequestsSender(DeadlineSender):
+    """Implements `ports.HttpSender` over the transport adapter of requests; arguments as `DeadlineSender`."""
 
-class RequestsSender:
-    """
-    Implements `ports.HttpSender` for one set of TLS settings.
+    trouble = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 
-    Connections are never shared between two senders, so none is used under other settings
-    than those it was made with.
-
-    Args:
-        ca_file: PEM file that replaces the system's trusted certificates.
-        verify: False accepts any certificate (`ssl_verify: false`).
-        read_timeout_s: Longest silence within an answer, seconds; the deadline is shorter or wins.
-        resolve: `host:port` to (address, port), as curl's `--resolve`, for trying and testing.
-
-    Raises:
-        OSError: *ca_file* cannot be read, or holds no certificate.
-    """
-
-    def __init__(
-        self,
-        *,
-        ca_file: str | None = None,
-        verify: bool = True,
-        read_timeout_s: float = 10.0,
-        resolve: Resolve | None = None,
-    ) -> None:
-        self._adapter = _Adapter(tls_context(ca_file, verify=verify), dict(resolve or {}))
-        self._read_timeout_s = read_timeout_s
-
-    def send(self, request: HttpRequest, *, deadline: float, max_body: int) -> HttpResponse:
-        """
-        Send and read the whole answer.
-
-        Args:
-            request: What to send.
-            deadline: Monotonic instant by which everything ends.
-            max_body: Longest answer that is read, in bytes.
-
-        Raises:
-            IssuerUnavailableError: no connection, TLS refused, or a broken answer.
-            DeadlineError: *deadline* passed.
-            NonConformingResponseError: the answer is too long or encoded, or none at all.
-        """
-        for may_repeat in (True, False):
-            call = calls.current = Call(deadline, self._read_timeout_s)
-            try:
-                return self._send(request, max_body, call)
-            except _TROUBLE as exc:
-                timed_out = time.monotonic() >= deadline - connections.TIMER_SLACK_S
-                if may_repeat and not timed_out and call.may_repeat(request.method):
-                    continue
-                error = failure(exc, host=_host(request.url), timed_out=timed_out)
-            break
-        # Raised out here: the cause prints URL and headers, and would hang on the error as its context.
-        raise error
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._adapter = _Adapter(self._context, self._resolve)
 
     def _send(self, request: HttpRequest, max_body: int, call: Call) -> HttpResponse:
         prepared = requests.Request(
@@ -144,14 +95,6 @@ def _read_body(raw: urllib3.HTTPResponse, max_body: int) -> bytes:
         # No length and no body: http.client takes a head that was cut off for a whole one.
         raise urllib3.exceptions.ProtocolError("cut off in the head")
     return bytes(body)
-
-
-def _host(url: str) -> str:
-    try:
-        # Without user and password, should there be any.
-        return urllib3.util.parse_url(url).netloc or ""
-    except ValueError:
-        return ""
 
 
 # --- connections ----------------------------------------------------------------------

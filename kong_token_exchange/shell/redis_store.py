@@ -193,26 +193,6 @@ def _kind_of(error: Exception) -> FaultKind:
     return next((kind for types, kind in _KINDS if isinstance(error, types)), "other")
 
 
-def make_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
-    """
-    Return the TLS settings for Redis: trust is *ca_file*, or the system's.
-
-    Raises:
-        OSError: *ca_file* cannot be read.
-    """
-    # Not ssl.create_default_context, which writes session keys to a file that the environment names.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ca_file is not None:
-        context.load_verify_locations(cafile=ca_file)
-    else:
-        context.load_default_certs()
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 # --- clients --------------------------------------------------------------------------
 
 

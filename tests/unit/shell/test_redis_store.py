@@ -13,8 +13,9 @@ from redis import Redis, RedisCluster
 from redis.sentinel import SentinelConnectionPool
 
 from kong_token_exchange.shell import redis_store
+from kong_token_exchange.shell.connections import trust_context
 from kong_token_exchange.shell.redis_cache import READERS
-from kong_token_exchange.shell.redis_store import RedisStore, StoreError, make_client, make_context
+from kong_token_exchange.shell.redis_store import RedisStore, StoreError, make_client
 from tests.chaos.certificates import Authority
 from tests.support.fakes import PATIENCE_S, run_in_threads
 from tests.support.redis_server import RedisServer, eventually, free_port, needs_redis, redis_policy
@@ -257,7 +258,7 @@ class TestTls:
     def test_the_configured_name_and_authority_are_proven(
         self, tls_server: RedisServer, ca_file: str
     ) -> None:
-        context = make_context(ca_file, verify=True)
+        context = trust_context(ca_file, verify=True)
 
         RedisStore(tls_server.policy(ssl=True, server_name=NAME), context).write("a", b"1", life_ms=1000)
         assert "tls" == kind_of(RedisStore(tls_server.policy(ssl=True), context))
@@ -267,7 +268,7 @@ class TestTls:
         other = Authority.make("somebody else").write(folder / "other.pem")
 
         store = RedisStore(
-            tls_server.policy(ssl=True, server_name=NAME), make_context(str(other), verify=True)
+            tls_server.policy(ssl=True, server_name=NAME), trust_context(str(other), verify=True)
         )
 
         assert "tls" == kind_of(store)
@@ -275,13 +276,13 @@ class TestTls:
     def test_verification_is_off_only_where_it_is_switched_off(self, tls_server: RedisServer) -> None:
         policy = tls_server.policy(ssl=True, ssl_verify=False)
 
-        RedisStore(policy, make_context(None, verify=False)).write("a", b"1", life_ms=1000)
-        assert "tls" == kind_of(RedisStore(tls_server.policy(ssl=True), make_context(None, verify=True)))
+        RedisStore(policy, trust_context(None, verify=False)).write("a", b"1", life_ms=1000)
+        assert "tls" == kind_of(RedisStore(tls_server.policy(ssl=True), trust_context(None, verify=True)))
 
     def test_fault_67_never_plain_text(
         self, redis: RedisServer, tls_server: RedisServer, ca_file: str
     ) -> None:
-        context = make_context(ca_file, verify=True)
+        context = trust_context(ca_file, verify=True)
 
         assert kind_of(RedisStore(redis.policy(ssl=True, server_name=NAME), context)) in (
             "tls",
@@ -294,7 +295,7 @@ class TestTls:
 
     def test_a_file_that_is_no_certificate_is_told(self, folder: Path) -> None:
         with pytest.raises(OSError):
-            make_context(str(folder / "absent.pem"), verify=True)
+            trust_context(str(folder / "absent.pem"), verify=True)
 
 
 class TestSentinel:
@@ -346,7 +347,7 @@ class TestSentinel:
     def test_tls_is_for_both(self) -> None:
         client = make_client(
             redis_policy(sentinel_master="main", sentinels=(("s1", 1),), ssl=True),
-            make_context(None, verify=True),
+            trust_context(None, verify=True),
         )
         assert isinstance(client, Redis)
         pool = client.connection_pool
@@ -403,7 +404,7 @@ def test_a_fault_tells_no_address_and_no_secret() -> None:
 
 
 def test_the_context_asks_for_tls_1_2_and_a_certificate() -> None:
-    context = make_context(None, verify=True)
+    context = trust_context(None, verify=True)
 
     assert (ssl.CERT_REQUIRED, True) == (context.verify_mode, context.check_hostname)
     assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
