@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-all test-fast bench bench-miss bench-slow bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
+.PHONY: setup demo test test-all test-fast coverage bench bench-miss bench-slow bench-memory chaos soak fuzz up down check lint types imports generated fmt clean
 
 setup: $(READY)
 
@@ -23,6 +23,13 @@ test: $(READY)
 # With what takes its time: reloads under load, hybrid mode, later Pythons
 test-all: $(READY)
 	$(BIN)/pytest
+
+# Every branch of the plugin server by its own tests
+coverage: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q tests/protocol
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 # Everything that needs no Java and no second process
 test-fast: $(READY)

@@ -65,8 +65,9 @@ def keep() -> None:
     child = os.fork()
     if child:
         _become_keeper(child, parent)
-    _keepers.append(own)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Coverage begins anew in a forked child, and this call began before: so too for workers.
+    _keepers.append(own)  # pragma: no cover
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)  # pragma: no cover
 
 
 def _become_keeper(child: int, parent: int) -> None:
@@ -120,5 +121,5 @@ def _is_replaced(parent: int) -> bool:
         return False
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover - run isolated (`-I -S`), where nothing looks on
     sys.exit(watch(int(sys.argv[1]), int(sys.argv[2])))

@@ -574,7 +574,7 @@ class Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_worker(ours, theirs, supervisor_pid)
+                self._become_worker(ours, theirs, supervisor_pid)  # pragma: no cover - see keeper.keep
         except OSError as error:
             ours.close()
             self._log.raised("no new worker", error)
