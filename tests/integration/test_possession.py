@@ -25,7 +25,8 @@ from tests.support.proofs import Holder
 from tests.support.stage import Stage, one_route
 from tests.unit.protocol.test_certificate import DIGEST, OTHER_PEM, PEM, PRIVATE_PEM
 
-pytestmark = pytest.mark.integration
+# Long: each server takes proofs only some seconds after its start.
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 holder = Holder()
 
