@@ -311,7 +311,8 @@ class Run:
             text = f"recovered after {recovered:.1f} s, expected {bound_s:g} s"
             if recovered < bound_s + KONGS_CLAIM_S and LOST_CLAIM in self.log():
                 # Kong's rpc raises where a pooled socket dies under a start; its claim on the instance stays.
-                self.note(f"{text}: Kong waited {KONGS_CLAIM_S:g} s for a start of its own that had failed")
+                waited = f"Kong waited {KONGS_CLAIM_S:g} s for a start of its own that had failed"
+                self.not_yet.append(f"{text}: {waited}")
             elif load > (os.cpu_count() or 1) and recovered < bound_s + 10:
                 self.note(f"{text}; the machine was overloaded (load {load:.1f})")
             else:
