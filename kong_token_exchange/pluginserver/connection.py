@@ -269,12 +269,15 @@ class Connection:
         "_skip",
         "_wanted",
         "actions",
+        "frames",
         "state",
     )
 
     def __init__(self, host: Host) -> None:
         self.state = _IDLE
         self.actions: list[Action] = []
+        # How many have come; the owner of the socket counts from where it likes.
+        self.frames = 0
         self._host = host
         self._held = bytearray()
         self._need = 4
@@ -309,6 +312,7 @@ class Connection:
                 break
             payload = data[position + 4 : end]
             position = end
+            self.frames += 1
             if length > MIN_LIMIT_BYTES and length > self._limit():
                 out += self._too_long()
             elif self._skip:
@@ -560,6 +564,10 @@ class Connection:
         self._awaited = False
         self.actions.append(Deliver(payload))
         return b""
+
+    def waits(self) -> bool:
+        """Tell whether the event waits for a thread, and not for Kong."""
+        return self.state is _PARKED or (self.state is _OFF and not self._awaited)
 
     def is_quiet(self) -> bool:
         """

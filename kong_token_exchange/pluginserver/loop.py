@@ -1,12 +1,18 @@
 """
 The loop that owns all sockets of one process.
 
-One thread, level-triggered epoll, one `recv` and one `send` per step of an event.
+One thread, edge-triggered epoll, one `recv` and one `send` per step of an event.
 Events answered from memory never leave it; the others go to the pool and come
 back as posts over a socket pair, or are parked while another one with the same
 facts is there. No timer costs anything on the warm path: what waits for the end of
 file after an exit waits equally long and stands in a `deque`, and the deadlines of
 cold events, which differ, stand in a heap.
+
+What arrives is looked at where it lies (MSG_PEEK) and taken out of the socket later. So should
+this process be killed, the kernel tells Kong of a reset, for which it answers 500. At an end of
+file it would start the instance again at once, perhaps over a pooled socket that has died as
+well: then its Lua raises and keeps its claim on the instance, and for 10 s nobody is served.
+Where this server closes a connection on purpose, it takes everything first: an end of file.
 
 It takes a listening socket, or connections that another process accepted
 (`adopt`), or both.
@@ -24,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from kong_token_exchange.pluginserver.connection import (
     Abandon,
@@ -42,6 +49,11 @@ from kong_token_exchange.pluginserver.parking import MAX_PARKED, Group, Parking
 
 # What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
 RECV_BYTES = 64 * 1024
+
+# How much is left in a socket that was looked at: some eight events. Kong must never wait for room:
+# it can have 208 KB under way, where each frame is two pieces that count as 768 bytes at least.
+LEFT_BYTES = 48 * 1024
+_FRAME_BYTES = 2 * 768
 
 # Kong gives up on a plugin after lua_socket_read_timeout, 60 s by default; a plugin's own
 # deadline (5 s) comes first, and this one catches a plugin that forgot its own.
@@ -72,25 +84,78 @@ _MAX_FAILURES = 100
 HOUSE_S = 1.0
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+_GONE = select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR
+_PEER = _READ | select.EPOLLRDHUP | select.EPOLLET
+
+# Python has no name for it; `<asm-generic/socket.h>`.
+_SO_PEEK_OFF = 42
 
 logger = logging.getLogger(__name__)
+
+
+def _look_at(sock: socket.socket) -> None:
+    # From here on MSG_PEEK begins where the last one ended.
+    sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+
+
+@cache
+def can_look() -> bool:
+    """Tell whether the kernel lets us look at a stream piece by piece: Linux 4.3 and later do."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        try:
+            _look_at(ours)
+            seen = []
+            for pieces in ((b"a", b"b"), (b"c",)):
+                for piece in pieces:
+                    theirs.send(piece)
+                seen.append(ours.recv(9, socket.MSG_PEEK))
+            seen += [ours.recv(2), ours.recv(9)]
+        except OSError:
+            return False
+    return seen == [b"ab", b"c", b"ab", b"c"]
 
 
 class Peer:
     """One socket with its conversation."""
 
-    __slots__ = ("access", "actions", "connection", "fd", "receive", "recv", "send", "socket", "unsent")
+    __slots__ = (
+        "access",
+        "actions",
+        "connection",
+        "fd",
+        "look",
+        "receive",
+        "recv",
+        "recv_into",
+        "send",
+        "socket",
+        "unsent",
+        "untaken",
+    )
 
     def __init__(self, sock: socket.socket, connection: Connection) -> None:
         self.socket = sock
         self.fd = sock.fileno()
         self.connection = connection
         self.recv = sock.recv
+        self.recv_into = sock.recv_into
         self.send = sock.send
         self.receive = connection.receive
         self.actions = connection.actions
         self.unsent = bytearray()
+        # Bytes that the connection has, and the socket still, too.
+        self.untaken = 0
+        self.look = 0
+        if can_look():
+            _look_at(sock)
+            self.look = socket.MSG_PEEK
         self.access: Access | None = None
+
+    def left(self) -> int:
+        """Return how much of what Kong may have under way is taken up by what was only looked at."""
+        return self.untaken + self.connection.frames * _FRAME_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +209,8 @@ class Loop:
         self._clock = clock
         self._epoll = select.epoll()
         self._peers: dict[int, Peer] = {}
+        # Where bytes go that the connection has already.
+        self._waste = bytearray(RECV_BYTES)
         self._listener: socket.socket | None = None
         self._accept_paused = False
         self._posts: deque[Post | Callable[[], None]] = deque()
@@ -227,7 +294,7 @@ class Loop:
         sock.setblocking(False)
         peer = Peer(sock, Connection(self._host))
         self._peers[peer.fd] = peer
-        self._epoll.register(peer.fd, _READ)
+        self._epoll.register(peer.fd, _PEER)
 
     def _accept(self) -> None:
         listener = self._listener
@@ -262,6 +329,7 @@ class Loop:
                     self._log.raised("the loop failed", error)
                     if failures >= _MAX_FAILURES:
                         raise
+                    self._look_at_all()
         finally:
             self.close()
 
@@ -276,11 +344,8 @@ class Loop:
                 continue
             if event == _READ:
                 self._read(peer)
-                continue
-            if event & _WRITE:
-                self._flush(peer)
-            if event & ~_WRITE:
-                self._read(peer)
+            else:
+                self._look_into(peer, event)
         if self._posts:
             self._take_posts()
         self._now = now = self._clock()
@@ -289,15 +354,24 @@ class Loop:
         if now >= self._next_house:
             self._keep_house(now)
 
+    def _look_into(self, peer: Peer, event: int) -> None:
+        if event & _WRITE:
+            self._flush(peer)
+        self._read(peer)
+        if event & _GONE:
+            # Behind what could still be read comes the end.
+            self._look_again(peer)
+
     def _read(self, peer: Peer) -> None:
         try:
-            data = peer.recv(RECV_BYTES)
+            data = peer.recv(RECV_BYTES, peer.look)
         except BlockingIOError:
             return
         except OSError:
             data = b""  # ECONNRESET and its like say what end of file says.
         try:
             if data:
+                peer.untaken += len(data)
                 out = peer.receive(data)
                 if out:
                     self._write(peer, out)
@@ -305,8 +379,30 @@ class Loop:
                 peer.connection.gone()
             if peer.actions:
                 self._act(peer)
+            if peer.left() > LEFT_BYTES:
+                # One byte does what more of them do. Where it is Kong's turn there must be none: the last
+                # piece counts whole until then, and a writer that waits wakes up at a quarter of its room.
+                self._take(peer, keep=1 if peer.connection.waits() else 0)
         except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
             self._on_fault(peer, error)
+        if len(data) == RECV_BYTES:
+            self._look_again(peer)
+
+    def _take(self, peer: Peer, *, keep: int = 0) -> None:
+        """Take out of the socket what the connection has already: it is there, so this never waits."""
+        left, peer.untaken, peer.connection.frames = peer.untaken - keep, keep, 0
+        while left > 0 and peer.look:
+            left -= peer.recv_into(self._waste, min(left, RECV_BYTES)) or left
+
+    def _look_again(self, peer: Peer) -> None:
+        """Have the next round see *peer* again, since no edge tells of what is there already."""
+        if self._peers.get(peer.fd) is peer:
+            self._epoll.modify(peer.fd, _PEER | _WRITE if peer.unsent else _PEER)
+
+    def _look_at_all(self) -> None:
+        # A round that broke off has had the only word of what is there.
+        for peer in self._peers.values():
+            self._look_again(peer)
 
     def _write(self, peer: Peer, data: bytes) -> None:
         if peer.unsent:
@@ -323,20 +419,19 @@ class Loop:
             return
         if sent < len(data):
             peer.unsent += data[sent:]
-            self._epoll.modify(peer.fd, _READ | _WRITE)
+            self._epoll.modify(peer.fd, _PEER | _WRITE)
 
     def _flush(self, peer: Peer) -> None:
         try:
             sent = peer.send(peer.unsent)
         except BlockingIOError:
-            return
+            sent = 0
         except OSError:
             peer.connection.gone()
             self._act(peer)
             return
         del peer.unsent[:sent]
-        if not peer.unsent:
-            self._epoll.modify(peer.fd, _READ)
+        self._look_again(peer)
 
     def _on_wake(self) -> None:
         # More than a buffer of them would be reported again.
@@ -423,6 +518,8 @@ class Loop:
         if self._peers.get(peer.fd) is peer:
             del self._peers[peer.fd]
             self._epoll.unregister(peer.fd)
+            with contextlib.suppress(OSError):
+                self._take(peer)
             peer.socket.close()
 
     # --- what threads post ------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import pytest
 
-from kong_token_exchange.pluginserver import wire
+from kong_token_exchange.pluginserver import loop, wire
 from kong_token_exchange.pluginserver.connection import Connection, Deliver, Limits
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
 from kong_token_exchange.pluginserver.offload import EventOverError, Idle, Pool, Post
@@ -878,6 +878,108 @@ def test_room_that_was_promised_and_is_gone_is_waited_for_again() -> None:
 
         assert "success" == FakeKong("").converse(stepped.ours, KongSide()).ended
         assert not peer.unsent
+
+
+# --- what is left in the socket -------------------------------------------------------
+
+
+def test_kernel_can_be_asked_for_a_look() -> None:
+    assert loop.can_look.__wrapped__()
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOPROTOOPT, "not here"), None], ids=["refused", "ignored"])
+def test_kernel_that_cannot_is_found_out(fault: OSError | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_at(sock: socket.socket) -> None:
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr(loop, "_look_at", look_at)
+
+    assert not loop.can_look.__wrapped__()
+
+
+def test_without_a_look_all_is_read_at_once(
+    script: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "can_look", lambda: False)
+    script.access["Bearer cold"] = lambda kong: kong.log.notice(kong.request.get_path())
+    with Running(script.plugin(), tmp_path) as server:
+        instance_id = server.kong.start({"long": "x" * 200_000})
+        for _ in range(50):
+            assert_serves(server, instance_id)
+        assert 401 == status_of(ask(server, instance_id, "Bearer refused"))
+        done = ask(server, instance_id, "Bearer cold", Step("kong.request.get_path", reply="/" * 100_000))
+        assert "success" == done.ended
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 3_000, 15_000, 16_384, 65_535, 65_536, 65_537, 300_000])
+def test_kong_never_waits_for_room_whatever_the_size_of_its_answers(
+    script: Scripted, server: Running, size: int
+) -> None:
+    script.access["Bearer cold"] = lambda kong: kong.service.request.set_path(kong.request.get_path())
+    instance_id = server.kong.start({"long": "x" * size})
+    for _ in range(40):
+        path = Step("kong.request.get_path", reply="/" * size)
+        done = ask(server, instance_id, "Bearer cold", path)
+        assert "success" == done.ended
+        assert ("kong.service.request.set_path", "/" * size) == done.calls[-1]
+        assert_serves(server, instance_id)
+    assert 1 == len(server.kong.pool)
+
+
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_kong_never_waits_for_room_however_many_its_answers(tmp_path: Path, count: int) -> None:
+    calls = Calls()
+    for number in range(count):
+        calls.set_header(f"x-{number}", "v")
+    warm = proceed(calls)
+    wanted = [Fetch("kong.request.get_header", f"x-{number}") for number in range(count)]
+    with Running(Plugin(prefetch=wanted, warm=lambda facts: warm), tmp_path) as server:
+        instance_id = server.kong.start({})
+        for _ in range(60):
+            done = server.kong.event(instance_id)
+            assert ("success", 2 * count) == (done.ended, len(done.calls))
+        assert 1 == len(server.kong.pool)
+
+
+def test_what_is_left_is_some_events_and_is_gone_when_we_close() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        most = 0
+        for _ in range(100):
+            side = KongSide()
+            stepped.ours.sendall(side.begin(stepped.instance_id))
+            stepped.loop._step()
+            stepped.ours.sendall(side.receive(stepped.ours.recv(65536)))
+            stepped.loop._step()
+            assert "success" == side.done.ended
+            most = max(most, peer.left())
+        assert 0 < peer.untaken < most <= loop.LEFT_BYTES
+        stepped.loop._drop(peer)
+
+        assert b"" == stepped.ours.recv(10)
+
+
+def test_round_that_breaks_off_loses_nothing_of_what_it_was_told() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        recv, failures = peer.recv, [MemoryError(), MemoryError()]
+
+        def failing(*args: Any) -> bytes:
+            if failures:
+                raise failures.pop()
+            return recv(*args)
+
+        peer.recv = failing  # type: ignore[assignment]
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        thread = threading.Thread(target=stepped.loop.run)
+        thread.start()
+        done = FakeKong("").converse(stepped.ours, KongSide())
+        stepped.loop.request_stop()
+        thread.join(WAIT_S)
+
+        assert "success" == done.ended
+        assert not failures
 
 
 def test_what_comes_for_an_event_that_is_over_is_dropped() -> None:

@@ -222,10 +222,37 @@ def test_two_generations_live_side_by_side(path: Path, process: Process) -> None
     assert not path.exists()
 
 
+def test_fault_81_a_kill_resets_the_connections_whose_events_wait(path: Path, process: Process) -> None:
+    # Kong starts an instance anew after an end of file, and only then; over a pooled connection that
+    # has died as well, that start would leave a claim which holds up everybody for 10 s.
+    with FakeKong(str(path)) as kong:
+        instance_id = kong.start({})
+        waiting = []
+        for number in range(2):
+            sock = kong.connect()
+            # A connection that has served before is no different.
+            for _ in range(10 * number):
+                kong.pool.append(sock)
+                assert "success" == kong.event(instance_id, headers={"authorization": "warm"}).ended
+                assert sock is kong.pool.pop()
+            steps = [Step("kong.request.get_header", reply="cold"), Step("kong.request.get_path", reply="60")]
+            side = KongSide(steps, sequence=kong.next_sequence())
+            sock.sendall(side.begin(instance_id))
+            while len(side.done.calls) < 2:
+                sock.sendall(side.receive(sock.recv(65536)))
+            assert "entered\n" == process.line()
+            waiting.append(sock)
+        assert -signal.SIGKILL == process.end(signal.SIGKILL)
+
+        for sock in waiting:
+            with sock, pytest.raises(ConnectionResetError):
+                sock.recv(65536)
+
+
 def test_killed_process_is_replaced_under_the_same_ids(path: Path, process: Process) -> None:
     with FakeKong(str(path)) as kong:
         instance_id = kong.start({})
-        assert "closed" == kong.event(instance_id, headers={"authorization": "kill"}).ended
+        assert "reset" == kong.event(instance_id, headers={"authorization": "kill"}).ended
         assert -signal.SIGKILL == process.wait()
         with pytest.raises(ConnectionRefusedError):
             kong.connect()

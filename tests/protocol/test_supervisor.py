@@ -302,7 +302,7 @@ def test_killed_worker_is_replaced_while_the_others_serve_and_ids_live_on(start:
     instance_id = hit.start({"audience": "of the dead"})
 
     killed_at = time.monotonic()
-    assert "closed" == hit.event(instance_id, headers={"authorization": "die"}).ended
+    assert "reset" == hit.event(instance_id, headers={"authorization": "die"}).ended
     for _ in range(20):
         assert (survivor, "of the dead") == ask(other, instance_id)
     eventually(lambda: len(server.started()) == 3)
@@ -431,7 +431,7 @@ def test_worker_whose_warm_never_ends_is_replaced_and_tells_where_it_was(start: 
     (victim, hit), (survivor, other) = kongs.items()
     instance_id = hit.start({"audience": "a"})
     began = time.monotonic()
-    assert "closed" == hit.event(instance_id, headers={"authorization": "spin"}).ended
+    assert "reset" == hit.event(instance_id, headers={"authorization": "spin"}).ended
 
     # Its last report may have been up to a second before.
     assert STUCK_S <= time.monotonic() - began + 1.0

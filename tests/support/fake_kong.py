@@ -47,7 +47,8 @@ class Step:
 class Done:
     """How an event went: the calls in order, and how it ended."""
 
-    ended: str = "?"  # "success", "exit", "closed", "broken", "unknown-method", "wrong-sequence"
+    # "success", "exit", "closed", "reset", "broken", "unknown-method", "wrong-sequence"
+    ended: str = "?"
     calls: list[tuple[str, Any]] = field(default_factory=list)
     exit: wire.ExitArgs | None = None
 
@@ -186,7 +187,9 @@ class FakeKong:
             try:
                 data = sock.recv(65536)
             except ConnectionResetError:
-                data = b""
+                # Kong answers its client with 500, and forgets no instance.
+                side.done.ended = "reset"
+                break
             if not data:
                 side.done.ended = "closed"
                 break
