@@ -23,6 +23,9 @@ from tests.support.gateways import wait_until
 
 SECTION = "Plugin server and Kong"
 
+# What Kong 3.9 says after it has waited 10 s for a start of its own that had failed (plugin.lua).
+LOST_CLAIM = "Could not claim instance_id"
+
 # Two routes with one token each way, and nothing else: any mix-up of configurations shows at once.
 TWO_ROUTES = (("warm", "/orders"), ("warm", "/reports"), ("fresh", "/orders"), ("fresh", "/reports"))
 
@@ -49,6 +52,23 @@ def kill_in_flight(run: Run) -> None:
         fault = run.begin(500, 503, away=True)
         run.gateway.signal_server(signal.SIGKILL)
         run.end(fault, 2.0 + 0.8)
+
+
+def kill_in_dense_traffic(run: Run) -> None:
+    """
+    Kill where requests are met at every step, and a start that Kong loses would show.
+
+    A Kong that starts an instance over a pooled connection which has died just then keeps its claim
+    on it for 10 s: with an end of file in mid-event that was one kill in four at this rate.
+    """
+    run.idp.misbehave("internal", "token", after(0.005))
+    run.traffic(2 * run.rate, TWO_ROUTES)
+    for _ in range(int(run.scaled(10, 100))):
+        run.go(0.3)
+        fault = run.begin(500, 503, away=True)
+        run.gateway.signal_server(signal.SIGKILL)
+        run.end(fault, 2.0)
+    run.require(LOST_CLAIM not in run.log(), "Kong lost its claim on an instance")
 
 
 def never_the_other_route(run: Run) -> None:
@@ -491,6 +511,12 @@ ROWS = (
         "80", "SIGKILL of an idle plugin server", "500/503 until it is back, within 2 s", kill_idle, ci=True
     ),
     _row("81", "SIGKILL with exchanges under way", "500/503, back within 2 s", kill_in_flight),
+    _row(
+        "81d",
+        "SIGKILL in dense traffic with short exchanges",
+        "500/503, back within 2 s; Kong loses no start of an instance",
+        kill_in_dense_traffic,
+    ),
     _row(
         "80r",
         "two routes with audiences of their own, server killed again and again",

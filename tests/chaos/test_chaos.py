@@ -23,8 +23,8 @@ from tests.chaos.traffic import Books
 CI_ROWS = sorted((row for row in ROWS if row.ci), key=lambda row: row.mode, reverse=True)
 
 
-# Beside those of the research: two routes, and one worker of several.
-OWN_ROWS = ("FAULT-80r", "FAULT-82w", "FAULT-86w")
+# Beside those of the research: two routes, dense traffic, and one worker of several.
+OWN_ROWS = ("FAULT-80r", "FAULT-81d", "FAULT-82w", "FAULT-86w")
 
 
 @pytest.fixture(scope="module")
