@@ -128,7 +128,7 @@ def black_hole(run: Run) -> None:
 def slow_inside(run: Run) -> None:
     run.traffic()
     before = run.go(run.scaled(1.5, 10))
-    run.idp.misbehave("internal", "token", kinds.after(run.scaled(1.0, 2.5)))
+    run.idp.misbehave("internal", "token", kinds.after(run.scaled(1.0, 0.75 * run.deadline_s)))
     during = run.go(run.scaled(3.0, 30))
     during.only("fresh", 200).only("cached", 200)
     rise = [
@@ -438,13 +438,14 @@ def clients_leave(run: Run) -> None:
     base = run.measure_base()
     run.idp.misbehave("internal", "token", kinds.after(1.0))
     run.traffic(20, (("warm", "/orders"), ("opaque", "/orders"), ("forward", "/orders")))
-    for _ in range(int(run.scaled(3, 50))):
+    rounds = int(run.scaled(3, 50))
+    for _ in range(rounds):
         batch = [run.wallet.make("left", "/orders", run.wallet.fresh("/orders")) for _ in range(100)]
         run.client.send_all(batch, abort_after_s=0.4)
         time.sleep(0.7)
     run.idp.behave()
     run.quiet()
-    run.settle(base, 300)
+    run.settle(base, rounds * 100)
 
 
 def back_after_outage(run: Run) -> None:

@@ -170,7 +170,8 @@ def pool_exhausted(run: Run) -> None:
     run.go(0.5)
     fault = run.begin(503, 504, kinds=("fresh", "crowd"))
     run.idp.misbehave("internal", "token", kinds.silence)
-    for _ in range(int(run.scaled(3, 20))):
+    rounds = int(run.scaled(3, 20))
+    for _ in range(rounds):
         run.client.send_all(
             [run.wallet.make("crowd", "/orders", run.wallet.fresh("/orders")) for _ in range(180)],
             abort_after_s=0.7,
@@ -182,7 +183,7 @@ def pool_exhausted(run: Run) -> None:
     slowest = max((sent.took_s for sent in run.requests if sent.kind == "fresh"), default=0.0)
     run.note(f"slowest of the refused {slowest:.1f} s")
     run.quiet()
-    run.settle(base, 600)
+    run.settle(base, rounds * 180)
 
 
 def disk_full(run: Run) -> None:
