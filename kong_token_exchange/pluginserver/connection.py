@@ -576,7 +576,7 @@ class Connection:
         Not while answers to pipelined calls are due: Kong has yet to write them, and
         a write that fails is a 500 to its client.
         """
-        return self.state is _IDLE and not self._skip and not self._held
+        return self.state is _IDLE and not self._skip and not self._held and not self._discard
 
     # --- endings ----------------------------------------------------------------------
 

@@ -50,8 +50,9 @@ from kong_token_exchange.pluginserver.parking import MAX_PARKED, Group, Parking
 # What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
 RECV_BYTES = 64 * 1024
 
-# How much is left in a socket that was looked at: some eight events. Kong must never wait for room:
-# it can have 208 KB under way, where each frame is two pieces that count as 768 bytes at least.
+# How much is left in a socket that was looked at: some eight events. Kong can have 208 KB under way,
+# where a frame is two pieces, each counts as 768 bytes at least, and what is in them as up to 1.6 times
+# its size: 77 KB of 208 at the most. Beyond it see `Peer.brim`.
 LEFT_BYTES = 48 * 1024
 _FRAME_BYTES = 2 * 768
 
@@ -93,9 +94,9 @@ _SO_PEEK_OFF = 42
 logger = logging.getLogger(__name__)
 
 
-def _look_at(sock: socket.socket) -> None:
-    # From here on MSG_PEEK begins where the last one ended.
-    sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+def _look_from(sock: socket.socket, offset: int) -> None:
+    # MSG_PEEK begins there, and each time where the last one ended.
+    sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, offset)
 
 
 @cache
@@ -105,16 +106,19 @@ def can_look() -> bool:
     with ours, theirs:
         ours.setblocking(False)
         try:
-            _look_at(ours)
+            _look_from(ours, 0)
             seen = []
             for pieces in ((b"a", b"b"), (b"c",)):
                 for piece in pieces:
                     theirs.send(piece)
                 seen.append(ours.recv(9, socket.MSG_PEEK))
-            seen += [ours.recv(2), ours.recv(9)]
+            with contextlib.suppress(BlockingIOError):
+                seen.append(ours.recv(9, socket.MSG_PEEK))
+            theirs.close()
+            seen += [ours.recv(9, socket.MSG_PEEK), ours.recv(2), ours.recv(9)]
         except OSError:
             return False
-    return seen == [b"ab", b"c", b"ab", b"c"]
+    return seen == [b"ab", b"c", b"", b"ab", b"c"]
 
 
 class Peer:
@@ -123,7 +127,9 @@ class Peer:
     __slots__ = (
         "access",
         "actions",
+        "brim",
         "connection",
+        "ended",
         "fd",
         "look",
         "receive",
@@ -149,8 +155,13 @@ class Peer:
         self.untaken = 0
         self.look = 0
         if can_look():
-            _look_at(sock)
+            _look_from(sock, 0)
             self.look = socket.MSG_PEEK
+        # Kong may have run out of room. It is told of more at a quarter of it alone, so nothing is left
+        # lying until all is in that is under way: a piece counts whole to its last byte.
+        self.brim = False
+        # Kong has left.
+        self.ended = False
         self.access: Access | None = None
 
     def left(self) -> int:
@@ -232,6 +243,9 @@ class Loop:
         self._refused_full = 0
         self._timed_out = 0
         self._shared = 0
+        # A round broke off, and has had the only word of what lies in some sockets.
+        self._missed = False
+        can_look()
 
     # --- from anywhere ----------------------------------------------------------------
 
@@ -293,8 +307,12 @@ class Loop:
         """Serve a connection that was accepted elsewhere; on the loop's thread, or as a post."""
         sock.setblocking(False)
         peer = Peer(sock, Connection(self._host))
+        try:
+            self._epoll.register(peer.fd, _PEER)
+        except BaseException:
+            sock.close()
+            raise
         self._peers[peer.fd] = peer
-        self._epoll.register(peer.fd, _PEER)
 
     def _accept(self) -> None:
         listener = self._listener
@@ -321,15 +339,18 @@ class Loop:
         try:
             while not self._finished():
                 try:
+                    if self._missed:
+                        self._look_at_all()
+                        self._missed = False
                     self._step()
                     failures = 0
                 except Exception as error:
                     # Whoever started the process starts it anew; until then Kong answers 500.
                     failures += 1
+                    self._missed = True
                     self._log.raised("the loop failed", error)
                     if failures >= _MAX_FAILURES:
                         raise
-                    self._look_at_all()
         finally:
             self.close()
 
@@ -376,17 +397,22 @@ class Loop:
                 if out:
                     self._write(peer, out)
             else:
+                peer.ended = True
                 peer.connection.gone()
             if peer.actions:
                 self._act(peer)
-            if peer.left() > LEFT_BYTES:
-                # One byte does what more of them do. Where it is Kong's turn there must be none: the last
-                # piece counts whole until then, and a writer that waits wakes up at a quarter of its room.
-                self._take(peer, keep=1 if peer.connection.waits() else 0)
+            if peer.brim or peer.left() > LEFT_BYTES:
+                self._make_room(peer)
         except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
             self._on_fault(peer, error)
         if len(data) == RECV_BYTES:
             self._look_again(peer)
+
+    def _make_room(self, peer: Peer) -> None:
+        """Take what is left; one byte of it does what more of them do, where Kong is not to write."""
+        waits = peer.connection.waits()
+        peer.brim = not waits and not peer.connection.is_quiet()
+        self._take(peer, keep=1 if waits else 0)
 
     def _take(self, peer: Peer, *, keep: int = 0) -> None:
         """Take out of the socket what the connection has already: it is there, so this never waits."""
@@ -400,9 +426,14 @@ class Loop:
             self._epoll.modify(peer.fd, _PEER | _WRITE if peer.unsent else _PEER)
 
     def _look_at_all(self) -> None:
-        # A round that broke off has had the only word of what is there.
-        for peer in self._peers.values():
-            self._look_again(peer)
+        for peer in list(self._peers.values()):
+            try:
+                if peer.look:
+                    # A look that failed half-way may have moved it.
+                    _look_from(peer.socket, peer.untaken)
+                self._look_again(peer)
+            except OSError as error:
+                self._on_fault(peer, error)
 
     def _write(self, peer: Peer, data: bytes) -> None:
         if peer.unsent:
@@ -415,6 +446,7 @@ class Loop:
         except BlockingIOError:
             sent = 0
         except OSError:
+            peer.ended = True
             peer.connection.gone()
             return
         if sent < len(data):
@@ -427,6 +459,7 @@ class Loop:
         except BlockingIOError:
             sent = 0
         except OSError:
+            peer.ended = True
             peer.connection.gone()
             self._act(peer)
             return
@@ -447,6 +480,10 @@ class Loop:
             self._act(peer)
         except BaseException as second:  # noqa: BLE001 - nothing is left but to let go of it
             self._log.raised("a connection failed twice", second)
+            peer.ended = True
+            self._drop(peer)
+        if peer.connection.state is State.DEAD:
+            # What was to close it may have been what failed.
             self._drop(peer)
 
     # --- what connections ask for -----------------------------------------------------
@@ -518,9 +555,16 @@ class Loop:
         if self._peers.get(peer.fd) is peer:
             del self._peers[peer.fd]
             self._epoll.unregister(peer.fd)
-            with contextlib.suppress(OSError):
-                self._take(peer)
+            if not peer.ended:
+                self._end_the_stream(peer)
             peer.socket.close()
+
+    def _end_the_stream(self, peer: Peer) -> None:
+        """Make the close that follows an end of file for Kong, whatever lies in the socket."""
+        with contextlib.suppress(OSError):
+            peer.socket.shutdown(socket.SHUT_RDWR)
+            while peer.recv_into(self._waste):
+                pass
 
     # --- what threads post ------------------------------------------------------------
 
@@ -706,6 +750,8 @@ class Loop:
             return
         self._close_listener()
         for peer in list(self._peers.values()):
+            # Who gives up does as one who is killed.
+            peer.ended = peer.ended or (self._stop_at is None and not peer.connection.is_quiet())
             peer.connection.close()
             self._act(peer)
         self._pool.stop(timeout_s=1.0)

@@ -2,14 +2,16 @@
 The server over a real socket: every way an event can end, and what must hold after it.
 """
 
+import contextlib
 import errno
 import os
 import random
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -741,7 +743,7 @@ def test_fault_while_a_fault_is_answered_costs_that_connection_alone(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "_decide", fail)
         patch.setattr(Connection, "fail", fail)
-        assert "closed" == ask(server, instance_id, "Bearer good").ended
+        assert "reset" == ask(server, instance_id, "Bearer good").ended
     assert_serves(server, instance_id)
 
 
@@ -889,11 +891,11 @@ def test_kernel_can_be_asked_for_a_look() -> None:
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOPROTOOPT, "not here"), None], ids=["refused", "ignored"])
 def test_kernel_that_cannot_is_found_out(fault: OSError | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look_at(sock: socket.socket) -> None:
+    def look_from(sock: socket.socket, offset: int) -> None:
         if fault is not None:
             raise fault
 
-    monkeypatch.setattr(loop, "_look_at", look_at)
+    monkeypatch.setattr(loop, "_look_from", look_from)
 
     assert not loop.can_look.__wrapped__()
 
@@ -942,6 +944,92 @@ def test_kong_never_waits_for_room_however_many_its_answers(tmp_path: Path, coun
         assert 1 == len(server.kong.pool)
 
 
+class Writer:
+    """Writes as nginx does: piece by piece, and once there was no room, only when it is told of some."""
+
+    def __init__(self, sock: socket.socket, payloads: Iterable[bytes]) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.pieces = [memoryview(piece) for frame in payloads for piece in (frame[:4], frame[4:]) if piece]
+        self.waits = False
+
+    def write(self) -> bool:
+        """Write what there is room for; return whether that was all."""
+        while self.pieces:
+            if self.waits and not select.select([], [self.sock], [], 0)[1]:
+                return False
+            self.waits = False
+            try:
+                sent = self.sock.send(self.pieces[0])
+            except BlockingIOError:
+                self.waits = True
+                continue
+            self.pieces[0] = self.pieces[0][sent:]
+            if not self.pieces[0]:
+                del self.pieces[0]
+        return True
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (50_600, 1_000_000),
+        (25_300, 25_300, 1_000_000),
+        (50_600, 190_000),
+        (1_000_000,) * 3,
+        (1_729,) * 80,
+        (705,) * 200,
+        (1,) * 900,
+    ],
+    ids=lambda sizes: f"{len(sizes)}x{sizes[0]}",
+)
+def test_kong_that_has_filled_its_socket_is_told_of_room(sizes: tuple[int, ...]) -> None:
+    wanted = [Fetch("kong.request.get_header", f"x-{number}") for number in range(len(sizes))]
+    seen: list[int] = []
+
+    def warm(facts: Facts) -> Outcome:
+        seen.extend(map(len, facts))
+        return proceed()
+
+    with Stepped(Plugin(prefetch=wanted, warm=warm)) as stepped:
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._step()
+        read_all(stepped.ours)
+        writer = Writer(stepped.ours, [wire.frame(wire.encode_string("h" * size)) for size in sizes])
+        for _ in range(200):
+            done = writer.write()
+            for _ in range(3):
+                stepped.loop.wake()
+                stepped.loop._step()
+
+        assert done
+        assert list(sizes) == seen
+
+
+def read_all(sock: socket.socket) -> bytes:
+    sock.setblocking(False)
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while piece := sock.recv(1 << 20):
+            data += piece
+    sock.setblocking(True)
+    return data
+
+
+@pytest.mark.parametrize("count", [10, 100, 140, 150, 170, 250, 900])
+def test_many_setters_and_a_long_answer_leave_room(script: Scripted, server: Running, count: int) -> None:
+    def run(kong: Kong) -> None:
+        for _ in range(count):
+            kong.log.notice("x")
+        assert 300_000 == len(kong.request.get_path())
+
+    script.access["Bearer cold"] = run
+    instance_id = server.kong.start({})
+    for _ in range(5):
+        done = ask(server, instance_id, "Bearer cold", Step("kong.request.get_path", reply="/" * 300_000))
+        assert "success" == done.ended
+
+
 def test_what_is_left_is_some_events_and_is_gone_when_we_close() -> None:
     with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
         peer = stepped.loop._peers[stepped.theirs.fileno()]
@@ -960,7 +1048,11 @@ def test_what_is_left_is_some_events_and_is_gone_when_we_close() -> None:
         assert b"" == stepped.ours.recv(10)
 
 
-def test_round_that_breaks_off_loses_nothing_of_what_it_was_told() -> None:
+@pytest.mark.parametrize("look", [True, False])
+def test_round_that_breaks_off_loses_nothing_of_what_it_was_told(
+    look: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "can_look", lambda: look)
     with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
         peer = stepped.loop._peers[stepped.theirs.fileno()]
         recv, failures = peer.recv, [MemoryError(), MemoryError()]
@@ -980,6 +1072,116 @@ def test_round_that_breaks_off_loses_nothing_of_what_it_was_told() -> None:
 
         assert "success" == done.ended
         assert not failures
+
+
+class Faulty:
+    """An epoll of which some calls fail."""
+
+    def __init__(self, epoll: Any, **failures: list[BaseException]) -> None:
+        self._epoll, self._failures = epoll, failures
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            if self._failures.get(name):
+                raise self._failures[name].pop()
+            return getattr(self._epoll, name)(*args)
+
+        return getattr(self._epoll, name) if name == "closed" else call
+
+
+def test_connection_that_cannot_be_watched_is_let_go_and_the_others_go_on(
+    server: Running, script: Scripted
+) -> None:
+    instance_id = server.kong.start({})
+    server.loop._epoll = Faulty(server.loop._epoll, register=[OSError(errno.ENOSPC, "")])  # type: ignore[assignment]
+    with server.kong.connect() as sock:
+        assert b"" == sock.recv(10)
+
+    assert_serves(server, instance_id)
+    eventually(lambda: server.loop.stats().connections == 1)
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), OSError(errno.ENOMEM, "")], ids=["memory", "epoll"])
+def test_fault_on_the_way_back_from_a_fault_is_not_the_end(
+    server: Running, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    instance_id = server.kong.start({})
+    (peer,) = server.loop._peers.values()
+    recv, failures = peer.recv, [MemoryError()]
+
+    def failing(*args: Any) -> bytes:
+        if failures:
+            server.loop._epoll = Faulty(server.loop._epoll, modify=[fault])  # type: ignore[assignment]
+            raise failures.pop()
+        return recv(*args)
+
+    peer.recv = failing  # type: ignore[assignment]
+    done = ask(server, instance_id, "Bearer good")
+
+    assert ("exit" if isinstance(fault, OSError) else "success") == done.ended
+    assert_serves(server, instance_id)
+
+
+def test_look_that_fails_after_it_has_seen_something_sees_it_again() -> None:
+    seen: list[str] = []
+
+    def warm(facts: Facts) -> Outcome:
+        seen.append(facts[0])
+        return REPLACED
+
+    with Stepped(Plugin(warm=warm)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        recv, failures = peer.recv, [MemoryError()]
+
+        def failing(size: int, flags: int) -> bytes:
+            if failures:
+                recv(4, flags)
+                raise failures.pop()
+            return recv(size, flags)
+
+        thread = threading.Thread(target=stepped.loop.run)
+        thread.start()
+        side = KongSide([Step(HEADER, reply="Bearer whole")])
+        stepped.ours.sendall(side.begin(stepped.instance_id))
+        answer = side.receive(stepped.ours.recv(65536))
+        peer.recv = failing  # type: ignore[assignment]
+        stepped.ours.sendall(answer)
+        done = FakeKong("").converse(stepped.ours, side)
+        stepped.loop.request_stop()
+        thread.join(WAIT_S)
+
+        assert ("success", ["Bearer whole"], []) == (done.ended, seen, failures)
+
+
+def test_connection_whose_close_got_lost_is_closed_all_the_same() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        peer.connection.gone()
+        peer.connection.actions.clear()
+        stepped.loop._on_fault(peer, MemoryError())
+
+        assert 0 == stepped.loop.stats().connections
+
+
+def test_event_that_comes_between_the_last_look_and_the_close_sees_an_end_of_file() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._drop(peer)
+
+        # Kong repeats it, at whoever has the path by then.
+        assert b"" == stepped.ours.recv(10)
+
+
+def test_loop_that_gives_up_resets_what_is_in_mid_event() -> None:
+    with Stepped(Plugin()) as stepped:
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._step()
+        assert stepped.ours.recv(65536)
+        stepped.loop.close()
+
+        with pytest.raises(ConnectionResetError):
+            stepped.ours.recv(10)
 
 
 def test_what_comes_for_an_event_that_is_over_is_dropped() -> None:
