@@ -21,11 +21,13 @@ It takes a listening socket, or connections that another process accepted
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import heapq
 import itertools
 import logging
 import select
 import socket
+import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -87,6 +89,9 @@ HOUSE_S = 1.0
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 _GONE = select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR
 _PEER = _READ | select.EPOLLRDHUP | select.EPOLLET
+
+# No bytes, as FIONREAD tells them.
+_NOTHING = bytes(4)
 
 # Python has no name for it; `<asm-generic/socket.h>`.
 _SO_PEEK_OFF = 42
@@ -157,8 +162,8 @@ class Peer:
         if can_look():
             _look_from(sock, 0)
             self.look = socket.MSG_PEEK
-        # Kong may have run out of room. It is told of more at a quarter of it alone, so nothing is left
-        # lying until all is in that is under way: a piece counts whole to its last byte.
+        # Kong may have run out of room. It is told of more at a quarter of it alone, and a piece counts
+        # whole to its last byte, so the next look is taken whatever its size.
         self.brim = False
         # Kong has left.
         self.ended = False
@@ -411,8 +416,10 @@ class Loop:
     def _make_room(self, peer: Peer) -> None:
         """Take what is left; one byte of it does what more of them do, where Kong is not to write."""
         waits = peer.connection.waits()
-        peer.brim = not waits and not peer.connection.is_quiet()
         self._take(peer, keep=1 if waits else 0)
+        # More has come meanwhile: Kong may have filled its room before the take, and is not told of some
+        # until that is taken, too. Where nothing has, it was told.
+        peer.brim = not waits and fcntl.ioctl(peer.fd, termios.FIONREAD, _NOTHING) != _NOTHING
 
     def _take(self, peer: Peer, *, keep: int = 0) -> None:
         """Take out of the socket what the connection has already: it is there, so this never waits."""
