@@ -21,13 +21,11 @@ It takes a listening socket, or connections that another process accepted
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import heapq
 import itertools
 import logging
 import select
 import socket
-import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -52,11 +50,19 @@ from kong_token_exchange.pluginserver.parking import MAX_PARKED, Group, Parking
 # What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
 RECV_BYTES = 64 * 1024
 
-# How much is left in a socket that was looked at: some eight events. Kong can have 208 KB under way,
-# where a frame is two pieces, each counts as 768 bytes at least, and what is in them as up to 1.6 times
-# its size: 77 KB of 208 at the most. Beyond it see `Peer.brim`.
+# What Kong may have under way, the kernel's own default. Once Kong has filled it, the kernel tells it of
+# room when a piece goes and no more than a quarter is left.
+ROOM_BYTES = 208 * 1024
+
+# How much is left in a socket that was looked at: some eight events. It counts as up to 1.6 times as
+# much of Kong's room, 77 KB: a frame is two pieces, each 768 bytes and what is in it, padded. So if less
+# than 131 KB of a full room go at once, what is there beyond them is more than 77 KB, and goes as soon as
+# it was looked at. See `Peer.brim` for where more goes.
 LEFT_BYTES = 48 * 1024
 _FRAME_BYTES = 2 * 768
+
+# 131 KB by the same measure, without 37 KB for a piece of which one byte had been kept.
+_BRIM_BYTES = 56 * 1024
 
 # Kong gives up on a plugin after lua_socket_read_timeout, 60 s by default; a plugin's own
 # deadline (5 s) comes first, and this one catches a plugin that forgot its own.
@@ -89,9 +95,6 @@ HOUSE_S = 1.0
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 _GONE = select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR
 _PEER = _READ | select.EPOLLRDHUP | select.EPOLLET
-
-# No bytes, as FIONREAD tells them.
-_NOTHING = bytes(4)
 
 # Python has no name for it; `<asm-generic/socket.h>`.
 _SO_PEEK_OFF = 42
@@ -159,11 +162,12 @@ class Peer:
         # Bytes that the connection has, and the socket still, too.
         self.untaken = 0
         self.look = 0
-        if can_look():
+        # A socket of Kong has the room that this one has, since both have the kernel's default.
+        if can_look() and sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= ROOM_BYTES:
             _look_from(sock, 0)
             self.look = socket.MSG_PEEK
-        # Kong may have run out of room. It is told of more at a quarter of it alone, and a piece counts
-        # whole to its last byte, so the next look is taken whatever its size.
+        # So much went at once that Kong may have filled its room, and would not be told of any by what
+        # is left. So the next look is taken whatever its size.
         self.brim = False
         # Kong has left.
         self.ended = False
@@ -416,10 +420,8 @@ class Loop:
     def _make_room(self, peer: Peer) -> None:
         """Take what is left; one byte of it does what more of them do, where Kong is not to write."""
         waits = peer.connection.waits()
+        peer.brim = peer.left() > _BRIM_BYTES and not waits
         self._take(peer, keep=1 if waits else 0)
-        # More has come meanwhile: Kong may have filled its room before the take, and is not told of some
-        # until that is taken, too. Where nothing has, it was told.
-        peer.brim = not waits and fcntl.ioctl(peer.fd, termios.FIONREAD, _NOTHING) != _NOTHING
 
     def _take(self, peer: Peer, *, keep: int = 0) -> None:
         """Take out of the socket what the connection has already: it is there, so this never waits."""

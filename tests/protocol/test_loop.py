@@ -18,7 +18,7 @@ from typing import Any, Self
 import pytest
 
 from kong_token_exchange.pluginserver import loop, wire
-from kong_token_exchange.pluginserver.connection import Connection, Deliver, Limits
+from kong_token_exchange.pluginserver.connection import Connection, Deliver, Limits, State
 from kong_token_exchange.pluginserver.contract import Calls, Facts, Fetch, Outcome, exit_with, proceed
 from kong_token_exchange.pluginserver.offload import EventOverError, Idle, Pool, Post
 from kong_token_exchange.pluginserver.pdk import Kong
@@ -914,6 +914,15 @@ def test_without_a_look_all_is_read_at_once(
         assert "success" == done.ended
 
 
+@pytest.mark.parametrize(("room", "look"), [(8 * 1024, 0), (loop.ROOM_BYTES, socket.MSG_PEEK)])
+def test_socket_with_less_room_than_usual_is_read_at_once(room: int, look: int) -> None:
+    with Stepped(Plugin()) as stepped:
+        # The kernel doubles what it is told.
+        stepped.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room // 2)
+
+        assert look == loop.Peer(stepped.theirs, Connection(stepped.loop._host)).look
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, 3_000, 15_000, 16_384, 65_535, 65_536, 65_537, 300_000])
 def test_kong_never_waits_for_room_whatever_the_size_of_its_answers(
     script: Scripted, server: Running, size: int
@@ -1004,6 +1013,37 @@ def test_kong_that_has_filled_its_socket_is_told_of_room(sizes: tuple[int, ...])
 
         assert done
         assert list(sizes) == seen
+
+
+@pytest.mark.parametrize("second", [13, 14, 15])
+def test_kong_that_fills_its_socket_while_the_loop_is_busy_is_told_of_room(second: int) -> None:
+    first, count = 14, 80
+    wanted = [Fetch("kong.request.get_header", f"x-{number}") for number in range(count)]
+    with Stepped(Plugin(prefetch=wanted, warm=lambda facts: proceed())) as stepped:
+        peer = stepped.loop._peers[stepped.theirs.fileno()]
+        stepped.ours.sendall(KongSide().begin(stepped.instance_id))
+        stepped.loop._step()
+        read_all(stepped.ours)
+        # No other size takes so much more room than it has bytes.
+        frames = [wire.frame(wire.encode_string("h" * 1726))] * count
+        assert Writer(stepped.ours, frames[:first]).write()
+        stepped.loop._step()
+        assert Writer(stepped.ours, frames[first : first + second]).write()
+        rest, receive = Writer(stepped.ours, frames[first + second :]), peer.receive
+
+        def busy(data: bytes) -> bytes:
+            assert not rest.write()
+            peer.receive = receive
+            return receive(data)
+
+        peer.receive = busy
+        for _ in range(30):
+            stepped.loop.wake()
+            stepped.loop._step()
+            done = rest.write()
+
+        assert done
+        assert State.IDLE is peer.connection.state
 
 
 def read_all(sock: socket.socket) -> bytes:
