@@ -310,22 +310,21 @@ class Connection:
             end = position + 4 + length
             if end > size:
                 break
-            payload = data[position + 4 : end]
-            position = end
+            start, position = position + 4, end
             self.frames += 1
             if length > MIN_LIMIT_BYTES and length > self._limit():
                 out += self._too_long()
             elif self._skip:
                 self._skip -= 1
             elif self.state is _IDLE:
-                out += self._command(payload)
+                out += self._command(data[start:end])
             elif self.state is _WAIT:
                 replies = self._replies
-                replies.append(payload)
+                replies.append(data[start:end])
                 if len(replies) == self._wanted:
                     out += self._decide()
             elif self.state is _OFF or self.state is _PARKED:
-                out += self._pool_reply(payload)
+                out += self._pool_reply(data[start:end])
         if position < size:
             out += self._hold(data, position)
         return out

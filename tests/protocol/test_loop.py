@@ -4,6 +4,7 @@ The server over a real socket: every way an event can end, and what must hold af
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import select
@@ -1081,7 +1082,7 @@ def test_what_is_left_is_some_events_and_is_gone_when_we_close() -> None:
             stepped.ours.sendall(side.receive(stepped.ours.recv(65536)))
             stepped.loop._step()
             assert "success" == side.done.ended
-            most = max(most, peer.left())
+            most = max(most, peer.untaken + peer.connection.frames * loop._FRAME_BYTES)
         assert 0 < peer.untaken < most <= loop.LEFT_BYTES
         stepped.loop._drop(peer)
 
@@ -1112,6 +1113,97 @@ def test_round_that_breaks_off_loses_nothing_of_what_it_was_told(
 
         assert "success" == done.ended
         assert not failures
+
+
+class Round:
+    """What happens in a round of connections that all have an event: `look` and `send`, in order."""
+
+    def __init__(self, stepped: Stepped, count: int) -> None:
+        self.happened: list[str] = []
+        self.ours = [stepped.ours]
+        for _ in range(count - 1):
+            ours, theirs = socket.socketpair()
+            stepped.loop.adopt(theirs)
+            self.ours.append(ours)
+        self.peers = list(stepped.loop._peers.values())
+        for peer in self.peers:
+            peer.receive = self._noting("look", peer.receive)
+            peer.send = self._noting("send", peer.send)  # type: ignore[assignment]
+        for ours in self.ours:
+            ours.settimeout(WAIT_S)
+            ours.sendall(KongSide().begin(stepped.instance_id))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for ours in self.ours:
+            ours.close()
+
+    def _noting(self, what: str, call: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def noting(data: bytes) -> Any:
+            self.happened.append(what)
+            return call(data)
+
+        return noting
+
+    def answered(self) -> int:
+        return sum(bool(select.select([ours], [], [], 0)[0]) for ours in self.ours)
+
+
+def test_answers_of_some_events_go_out_together_and_none_waits_for_more() -> None:
+    some = loop.ROUND_EVENTS
+    with (
+        Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped,
+        Round(stepped, 2 * some + 1) as events,
+    ):
+        for _ in range(3):
+            stepped.loop._step()
+
+        several = ["look"] * some + ["send"] * some
+        assert [*several, *several, "look", "send"] == events.happened
+        assert 2 * some + 1 == events.answered()
+
+
+def test_answers_are_sent_though_the_round_breaks_off() -> None:
+    with (
+        Stepped(Plugin(prefetch=(), warm=lambda facts: proceed())) as stepped,
+        Round(stepped, 3) as events,
+    ):
+        look, calls = stepped.loop._read, itertools.count()
+
+        def failing(peer: Any) -> None:
+            if next(calls) == 2:
+                raise MemoryError
+            look(peer)
+
+        stepped.loop._read = failing  # type: ignore[method-assign]
+        thread = threading.Thread(target=stepped.loop.run)
+        thread.start()
+        eventually(lambda: 3 == events.answered())
+        stepped.loop.request_stop()
+        thread.join(WAIT_S)
+
+        assert ["look", "look", "send", "send", "look", "send"] == events.happened
+
+
+def test_fault_while_one_answer_is_sent_leaves_the_others_alone() -> None:
+    with (
+        Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped,
+        Round(stepped, 3) as events,
+    ):
+        send, failures = events.peers[1].send, [MemoryError()]
+
+        def failing(data: bytes) -> int:
+            if failures:
+                raise failures.pop()
+            return send(data)
+
+        events.peers[1].send = failing  # type: ignore[assignment]
+        stepped.loop._step()
+        ends = [FakeKong("").converse(ours, KongSide()).ended for ours in events.ours]
+
+        assert ["success", "exit", "success"] == ends
 
 
 class Faulty:
@@ -1356,6 +1448,22 @@ def test_event_that_came_just_before_the_stop_is_served(script: Scripted) -> Non
     ours.close()
 
     assert "success" == done.ended
+
+
+def test_event_that_is_answered_at_once_just_before_the_stop_is_served() -> None:
+    with Stepped(Plugin(prefetch=(), warm=lambda facts: proceed())) as stepped:
+        stepped.loop._begin_stop(0.0)
+        assert 0 == stepped.loop.stats().connections
+        ours, theirs = socket.socketpair()
+        stepped.loop.adopt(theirs)
+        side = KongSide()
+        ours.sendall(side.begin(stepped.instance_id))
+        stepped.loop._begin_stop(0.0)
+        with ours:
+            side.receive(ours.recv(65536))
+
+        assert 0 == stepped.loop.stats().connections
+        assert "success" == side.done.ended
 
 
 # --- over time ------------------------------------------------------------------------
