@@ -705,7 +705,7 @@ class Loop:
                 break
         while lingering and (lingering[0][0] <= now or lingering[0][1].connection.state is State.DEAD):
             peer = lingering.popleft()[1]
-            if peer.unsent:
+            if peer.unsent and peer.connection.state is not State.DEAD:
                 # Half an exit and then end of file is a lost instance to Kong: wait on.
                 lingering.append((now + self._linger_s, peer))
                 continue

@@ -690,6 +690,20 @@ def test_kong_gone_while_an_answer_waits_for_room_is_forgotten() -> None:
         assert 0 == stepped.loop.stats().connections
 
 
+def test_kong_gone_with_half_an_exit_holds_up_nobody(script: Scripted, tmp_path: Path) -> None:
+    long = exit_with(401, b"x" * 400_000)
+    plugin = Plugin(warm=lambda facts: REPLACED if facts[0] == "Bearer good" else long)
+    with Running(plugin, tmp_path) as server:
+        instance_id = server.kong.start({})
+        with server.kong.connect() as sock:
+            side = KongSide([Step(HEADER, "authorization", "Bearer long")])
+            sock.sendall(side.begin(instance_id))
+            sock.sendall(side.receive(sock.recv(65536)))
+            eventually(lambda: any(peer.unsent for peer in list(server.loop._peers.values())))
+
+        assert_serves(server, instance_id)
+
+
 def test_bytes_behind_an_answer_that_waits_for_room_keep_their_order() -> None:
     with Stepped(Plugin(prefetch=(), warm=lambda facts: proceed())) as stepped:
         filled = stepped.fill()
