@@ -1171,12 +1171,48 @@ def test_answers_of_some_events_go_out_together_and_none_waits_for_more() -> Non
         Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped,
         Round(stepped, 2 * some + 1) as events,
     ):
-        for _ in range(3):
-            stepped.loop._step()
+        stepped.loop._step()
 
         several = ["look"] * some + ["send"] * some
         assert [*several, *several, "look", "send"] == events.happened
         assert 2 * some + 1 == events.answered()
+
+
+def test_others_get_their_turn_however_much_there_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_ROUNDS", 2)
+    with (
+        Stepped(Plugin(prefetch=(), warm=lambda facts: REPLACED)) as stepped,
+        Round(stepped, 3 * loop.ROUND_EVENTS) as events,
+    ):
+        stepped.loop.post(lambda: events.happened.append("post"))
+        stepped.loop._step()
+
+        assert "post" == events.happened[-1]
+        assert events.answered() in {2 * loop.ROUND_EVENTS - 1, 2 * loop.ROUND_EVENTS}
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_loop_that_gives_up_has_sent_what_it_had(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_MAX_FAILURES", failures)
+    with (
+        Stepped(Plugin(prefetch=(), warm=lambda facts: proceed())) as stepped,
+        Round(stepped, 3) as events,
+    ):
+        look, calls = stepped.loop._read, itertools.count()
+
+        def failing(peer: Any) -> None:
+            if next(calls) >= 2:
+                raise MemoryError
+            look(peer)
+
+        stepped.loop._read = failing  # type: ignore[method-assign]
+        with pytest.raises(MemoryError):
+            stepped.loop.run()
+        sides = [KongSide(), KongSide()]
+        for ours, side in zip(events.ours, sides, strict=False):
+            side.receive(ours.recv(65536))
+
+        assert ["success", "success"] == [side.done.ended for side in sides]
 
 
 def test_answers_are_sent_though_the_round_breaks_off() -> None:
