@@ -564,10 +564,6 @@ class Connection:
         self.actions.append(Deliver(payload))
         return b""
 
-    def waits(self) -> bool:
-        """Tell whether the event waits for a thread, and not for Kong."""
-        return self.state is _PARKED or (self.state is _OFF and not self._awaited)
-
     def is_quiet(self) -> bool:
         """
         Tell whether the connection can be closed without Kong noticing.

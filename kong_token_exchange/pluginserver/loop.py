@@ -25,6 +25,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import os
 import select
 import socket
 import time
@@ -51,19 +52,17 @@ from kong_token_exchange.pluginserver.parking import MAX_PARKED, Group, Parking
 # What one recv takes: a call with a large token is 4 KB, the socket buffer 208 KB.
 RECV_BYTES = 64 * 1024
 
-# What Kong may have under way, the kernel's own default. Once Kong has filled it, the kernel tells it of
-# room when a piece goes and no more than a quarter is left.
+# What Kong may have under way, the kernel's own default, and the size of a page. Once Kong has filled it,
+# the kernel tells it of room when something goes and no more than a quarter is left.
 ROOM_BYTES = 208 * 1024
+PAGE_BYTES = 4096
 
-# How much is left in a socket that was looked at: some eight events. It counts as up to 1.6 times as
-# much of Kong's room, 77 KB: a frame is two pieces, each 768 bytes and what is in it, padded. So if less
-# than 131 KB of a full room go at once, what is there beyond them is more than 77 KB, and goes as soon as
-# it was looked at. See `Peer.brim` for where more goes.
-LEFT_BYTES = 48 * 1024
+# How much is left in a socket that was looked at: some five events. It takes up to 1.6 times as much of
+# Kong's room, so less than that quarter: a frame is two pieces, each 768 bytes and what is in it, padded.
+# Of a piece from which one byte is kept all counts, 37 KB at the most.
+LEFT_BYTES = 30 * 1024
 _FRAME_BYTES = 2 * 768
-
-# 131 KB by the same measure, without 37 KB for a piece of which one byte had been kept.
-_BRIM_BYTES = 56 * 1024
+_PIECE_BYTES = 24 * 1024
 
 # Kong gives up on a plugin after lua_socket_read_timeout, 60 s by default; a plugin's own
 # deadline (5 s) comes first, and this one catches a plugin that forgot its own.
@@ -117,6 +116,8 @@ def _look_from(sock: socket.socket, offset: int) -> None:
 @cache
 def can_look() -> bool:
     """Tell whether the kernel lets us look at a stream piece by piece: Linux 4.3 and later do."""
+    if os.sysconf("SC_PAGE_SIZE") > PAGE_BYTES:
+        return False
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
@@ -142,10 +143,10 @@ class Peer:
     __slots__ = (
         "access",
         "actions",
-        "brim",
         "connection",
         "ended",
         "fd",
+        "kept",
         "look",
         "receive",
         "recv",
@@ -169,13 +170,12 @@ class Peer:
         # Bytes that the connection has, and the socket still, too.
         self.untaken = 0
         self.look = 0
-        # A socket of Kong has the room that this one has, since both have the kernel's default.
+        # Kong's socket has the room that this one has, since both have the kernel's default.
         if can_look() and sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= ROOM_BYTES:
             _look_from(sock, 0)
             self.look = socket.MSG_PEEK
-        # So much went at once that Kong may have filled its room, and would not be told of any by what
-        # is left. So the next look is taken whatever its size.
-        self.brim = False
+        # What the piece of the first of them takes up beside it.
+        self.kept = 0
         # Kong has left.
         self.ended = False
         self.access: Access | None = None
@@ -252,8 +252,8 @@ class Loop:
         self._next_house = self._now + house_s
         self._stop_at: float | None = None
         self._stop_asked = False
-        # Answers of this round that are not sent yet.
-        self._due: deque[tuple[Peer, bytes]] = deque()
+        # Answers of this round that are not sent yet, and how much was looked at for them.
+        self._due: deque[tuple[Peer, bytes, int]] = deque()
         self._refused_full = 0
         self._timed_out = 0
         self._shared = 0
@@ -418,7 +418,7 @@ class Loop:
         try:
             if data:
                 peer.untaken += len(data)
-                self._due.append((peer, peer.receive(data)))
+                self._due.append((peer, peer.receive(data), len(data)))
             else:
                 peer.ended = True
                 peer.connection.gone()
@@ -432,28 +432,29 @@ class Loop:
         """Send the answers of this round, do what else they ask for, and see that Kong has room."""
         due = self._due
         while due:
-            peer, out = due.popleft()
+            peer, out, seen = due.popleft()
             try:
                 if out:
                     self._write(peer, out)
                 if peer.actions:
                     self._act(peer)
-                # How much of what Kong may have under way is taken up by what was only looked at.
-                left = peer.untaken + peer.connection.frames * _FRAME_BYTES
-                if left > LEFT_BYTES or peer.brim:
-                    self._make_room(peer, left)
+                if peer.untaken + peer.kept + peer.connection.frames * _FRAME_BYTES > LEFT_BYTES:
+                    self._make_room(peer, seen)
             except BaseException as error:  # noqa: BLE001 - one connection's fault stays its own
                 self._on_fault(peer, error)
 
-    def _make_room(self, peer: Peer, left: int) -> None:
-        """Take what is left; one byte of it does what more of them do, where Kong is not to write."""
-        waits = peer.connection.waits()
-        peer.brim = left > _BRIM_BYTES and not waits
-        self._take(peer, keep=1 if waits else 0)
+    def _make_room(self, peer: Peer, seen: int) -> None:
+        """
+        Take out of the socket what the connection has already, but for one byte: that makes a kill a reset.
 
-    def _take(self, peer: Peer, *, keep: int = 0) -> None:
-        """Take out of the socket what the connection has already: it is there, so this never waits."""
-        left, peer.untaken, peer.connection.frames = peer.untaken - keep, keep, 0
+        It is there, so this never waits. *seen* is how much the last look saw.
+        """
+        if peer.connection.state is State.DEAD:
+            return
+        # The first look since the last time may have gone on in the piece where that one ended.
+        before = peer.kept if peer.untaken == seen + 1 else 0
+        peer.kept = min(before + seen + _FRAME_BYTES, _PIECE_BYTES)
+        left, peer.untaken, peer.connection.frames = peer.untaken - 1, 1, 0
         while left > 0 and peer.look:
             left -= peer.recv_into(self._waste, min(left, RECV_BYTES)) or left
 
